@@ -1,0 +1,321 @@
+"""What all methods share: the anchor, the selection, detection of optimizer steps, state and teardown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_tpgm.anchor import Pretrained, capture, match_pretrained, read_pretrained
+from lightning_tpgm.norms import NORMS, Norm, deviation, row_distance
+from lightning_tpgm.projection import project, ratio
+from lightning_tpgm.radii import Radii
+from lightning_tpgm.selection import constrainable
+
+
+@contextmanager
+def configuration_errors() -> Iterator[None]:
+    """Errors of the pure code become Lightning's `MisconfigurationException`, the message unchanged."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise MisconfigurationException(str(error)) from error
+
+
+def check(condition: bool, name: str, expected: str, found: object) -> None:
+    """Raise Lightning's `MisconfigurationException` about an argument unless the condition holds."""
+    if not condition:
+        raise MisconfigurationException(f"`{name}` should be {expected}, found {found!r}.")
+
+
+def is_number(value: object) -> bool:
+    """Whether the value is a finite int or float; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+class AnchoredCallback(pl.Callback):
+    """Base of all methods: knows the constrained parameters and their anchors, and acts after every optimizer step.
+
+    The anchor of a parameter is captured when the parameter is first seen trainable: at the start of the fit, or when a
+    callback such as `BaseFinetuning` unfreezes it. A resumed run takes the anchors from the checkpoint.
+
+    Args:
+        exclude: fnmatch patterns over parameter names; those parameters are not constrained.
+        pretrained: Where the anchors come from: a file, a mapping, a module; None: the weights at the start of the fit.
+    """
+
+    def __init__(self, exclude: Sequence[str] = (), pretrained: Pretrained | None = None) -> None:
+        patterns = isinstance(exclude, Sequence) and not isinstance(exclude, str)
+        check(patterns and all(isinstance(p, str) for p in exclude), "exclude", "a sequence of patterns", exclude)
+        self.exclude = tuple(exclude)
+        self.pretrained = pretrained
+        if pretrained is not None and not isinstance(pretrained, nn.Module):
+            with configuration_errors():
+                check(
+                    isinstance(pretrained, Pretrained),
+                    "pretrained",
+                    "a path, a mapping of tensors, a module or None",
+                    pretrained,
+                )
+        self._parameters: dict[str, nn.Parameter] = {}  # constrained now
+        self._anchor: dict[str, Tensor] = {}  # of these, by the same names
+        self._waiting: dict[str, nn.Parameter] = {}  # frozen yet
+        self._pretrained: dict[str, Tensor] | None = None  # what `pretrained` holds for those not constrained yet
+        self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the fit starts
+        self._handles: list[RemovableHandle] = []
+
+    # ---- what a method adds
+
+    def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Called right after a step of an optimizer that really happened, before anything else sees the weights."""
+
+    def joined(self, names: list[str]) -> None:
+        """Called when parameters have become constrained; `_parameters` and `_anchor` hold them already."""
+
+    def method_state(self) -> dict[str, Any]:
+        """What the method learned, for the checkpoint: tensors on the CPU, plain numbers, dicts and lists."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take over `method_state`; `_parameters` and `_anchor` are in place."""
+
+    def reset_method(self) -> None:
+        """Forget what was learned: a new fit begins."""
+
+    # ---- Lightning's hooks
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Reads ``pretrained``, so that a wrong file fails before any work is done."""
+        if stage == "fit" and self.pretrained is not None:
+            with configuration_errors():
+                self._pretrained = read_pretrained(self.pretrained)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Captures or restores the anchors: the first moment at which all strategies have loaded all weights."""
+        self._stop_listening()
+        with configuration_errors():
+            candidates = constrainable(pl_module, self.exclude)
+        state, self._loaded = self._loaded, None
+        if state is not None:
+            self._anchor = self._verified(state["anchor"], candidates)
+        elif trainer.fit_loop.total_batch_idx < 0:  # no batch was ever trained on: a fresh run
+            self._anchor = {}
+            self.reset_method()
+        elif trainer.ckpt_path is not None:  # else the same trainer goes on, and everything is still here
+            self._anchor = {}
+            self.reset_method()
+            if self.pretrained is None:
+                raise MisconfigurationException(
+                    f"The checkpoint {str(trainer.ckpt_path)!r} has no state of this {type(self).__name__} (key"
+                    f" {self.state_key!r}), so the pretrained weights are not known any more. Pass them as `pretrained`,"
+                    " for instance the checkpoint that the first run started from."
+                )
+        self._parameters = {name: candidates[name] for name in self._anchor}
+        self._anchor = {name: capture(anchor, candidates[name]) for name, anchor in self._anchor.items()}
+        self._waiting = {name: p for name, p in candidates.items() if name not in self._anchor}
+        if self._pretrained is not None and self._waiting:
+            self._pretrained = self._matched(self._pretrained)
+            self._waiting = {name: self._waiting[name] for name in self._pretrained}
+        if state is not None:
+            self.load_method_state(state["method"])
+        self._join()
+        self._check_something_to_do(trainer, pl_module)
+        self._listen(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes in parameters that were unfrozen since the last batch."""
+        if any(parameter.requires_grad for parameter in self._waiting.values()):
+            self._join()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops listening to the optimizers."""
+        self._stop_listening()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Stops listening to the optimizers; what was learned stays for a checkpoint that is written now."""
+        self._stop_listening()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lets go of the parameters and of device memory; anchors stay, on the CPU, for a later `save_checkpoint`."""
+        if stage == "fit":
+            self._stop_listening()
+            self._anchor = {name: anchor.cpu() for name, anchor in self._anchor.items()}
+            self._parameters, self._waiting, self._pretrained = {}, {}, None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Two instances with different `exclude` have different keys."""
+        return self._generate_state_key(exclude=sorted(self.exclude))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Anchors and what was learned, on the CPU; empty before the fit has started."""
+        if self._loaded is not None:  # asked for between loading and the start of the fit, by a tuner
+            return self._loaded
+        if not self._anchor:
+            return {}
+        return {"anchor": {name: anchor.cpu() for name, anchor in self._anchor.items()}, "method": self.method_state()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state until the fit starts: strategies differ in whether the module is ready now."""
+        self._loaded = state_dict or None
+
+    # ---- shared steps
+
+    def _verified(self, anchor: dict[str, Tensor], candidates: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """A checkpoint's anchors, if they are those of the present module."""
+        for name, value in anchor.items():
+            if name not in candidates or candidates[name].shape != value.shape:
+                found = f"shape {tuple(candidates[name].shape)}" if name in candidates else "no such parameter"
+                raise MisconfigurationException(
+                    f"The checkpoint's anchor of {name!r} has shape {tuple(value.shape)}, found {found} among those to"
+                    f" constrain. Resume with the module and the `exclude` of the run that wrote the checkpoint."
+                )
+        return anchor
+
+    def _matched(self, pretrained: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The pretrained values of the waiting parameters, by their names."""
+
+        def report(text: str) -> None:
+            rank_zero_info(f"{type(self).__name__}: {text}")
+
+        if self._anchor:  # resumed: these are the few that join later, and they may all lack a pretrained value
+            return {name: value for name, value in pretrained.items() if name in self._waiting}
+        with configuration_errors():
+            return match_pretrained(pretrained, self._waiting, report)
+
+    def _check_something_to_do(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        may_join = bool(self._waiting) and any(isinstance(c, BaseFinetuning) for c in trainer.callbacks)
+        if not self._parameters and not may_join:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has nothing to constrain: of {len(list(pl_module.parameters()))} parameters"
+                f" {len(self._waiting)} remain after `exclude` = {list(self.exclude)}, and none of them is trainable."
+                " Exclude less, or unfreeze some (a `BaseFinetuning` callback may do so later)."
+            )
+
+    def _join(self) -> None:
+        """Constrain the waiting parameters that are trainable now."""
+        new = {name: parameter for name, parameter in self._waiting.items() if parameter.requires_grad}
+        for name, parameter in new.items():
+            value = parameter if self._pretrained is None else self._pretrained.pop(name)
+            self._anchor[name] = capture(value, parameter)
+            self._parameters[name] = self._waiting.pop(name)
+        if new:
+            self.joined(list(new))
+
+    def _listen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if self._parameters:
+                with torch.no_grad():
+                    self.after_optimizer_step(trainer, pl_module, optimizer)
+
+        self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in trainer.optimizers]
+
+    def _stop_listening(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+class RadiusCallback(AnchoredCallback):
+    """Base of the methods that learn a radius per tensor and keep each weight inside its ball.
+
+    Args:
+        radius_lr: Adam learning rate of the radii.
+        norm: ``"mars"`` or ``"l2"``.
+        exclude: See `AnchoredCallback`.
+        pretrained: See `AnchoredCallback`.
+    """
+
+    def __init__(
+        self, radius_lr: float, norm: Norm, exclude: Sequence[str] = (), pretrained: Pretrained | None = None
+    ) -> None:
+        check(is_number(radius_lr) and radius_lr > 0, "radius_lr", "a positive number", radius_lr)
+        check(norm in NORMS, "norm", f"one of {', '.join(map(repr, NORMS))}", norm)
+        super().__init__(exclude, pretrained)
+        self.radius_lr = radius_lr
+        self.norm: Norm = norm
+        self.reset_method()
+
+    @property
+    def radii(self) -> dict[str, float]:
+        """The radius of each constrained parameter, by name; empty before the first fit."""
+        return self._radii.as_dict() if self._radii is not None else {}
+
+    @property
+    def distances(self) -> dict[str, float]:
+        """The largest row distance of each constrained parameter after the last projection, by name."""
+        if self._radii is None:
+            return {}
+        return dict(zip(self._radii.names, self._distances.tolist(), strict=True))
+
+    @override
+    def reset_method(self) -> None:
+        """Forgets the radii."""
+        self._radii: Radii | None = None
+        self._distances = self._mean_ratio = torch.empty(0)
+
+    @override
+    def joined(self, names: list[str]) -> None:
+        """Gives each new parameter a radius."""
+        radii = self._radii if self._radii is not None else self._new_radii()
+        radii.add(names)
+        self._distances = torch.cat([self._distances.to(radii.value), radii.value.new_zeros(len(names))])
+        self._radii = radii
+
+    @override
+    def method_state(self) -> dict[str, Any]:
+        """Radii, their Adam state, and the last distances."""
+        return {"radii": self._learned.state_dict(), "distances": self._distances.cpu()}
+
+    @override
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Takes over radii and Adam state."""
+        self._radii = self._new_radii()
+        self._radii.load_state_dict(state["radii"])
+        self._distances = state["distances"].to(self._radii.value)
+
+    @property
+    def _learned(self) -> Radii:
+        assert self._radii is not None  # a fit has started
+        return self._radii
+
+    def _new_radii(self) -> Radii:
+        parameters = list(self._parameters.values())
+        double = any(parameter.dtype == torch.float64 for parameter in parameters)
+        return Radii(self.radius_lr, parameters[0].device, torch.float64 if double else torch.float32)
+
+    def _measure(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The row distances of each constrained tensor, in the radii's dtype."""
+        dtype = self._learned.value.dtype
+        pairs = zip(weights, self._anchor.values(), strict=True)
+        return [row_distance(deviation(weight, anchor), self.norm).to(dtype) for weight, anchor in pairs]
+
+    def _project(self, weights: Sequence[Tensor], distances: Sequence[Tensor]) -> None:
+        """Write the projections of these weights into the parameters."""
+        radii = self._learned.value.unbind()
+        ratios = [ratio(radius, distance) for radius, distance in zip(radii, distances, strict=True)]
+        for p, weight, anchor, r in zip(self._parameters.values(), weights, self._anchor.values(), ratios, strict=True):
+            p.copy_(project(weight, anchor, r))
+        self._distances = torch.stack([(r * n).amax() for r, n in zip(ratios, distances, strict=True)])
+        self._mean_ratio = torch.stack([r.mean() for r in ratios]).mean()

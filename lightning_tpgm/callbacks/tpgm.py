@@ -1,0 +1,233 @@
+"""TPGM: the Trainable Projected Gradient Method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_tpgm.anchor import Pretrained
+from lightning_tpgm.callbacks.base import RadiusCallback, check
+from lightning_tpgm.evaluation import HeldOutLoss, Loss, no_trace
+from lightning_tpgm.heldout import HeldOutBatches, has_default_loaders, held_out_batches
+from lightning_tpgm.norms import Norm
+from lightning_tpgm.projection import radius_gradient
+
+
+class TPGMCallback(RadiusCallback):
+    """Learns for each weight tensor how far it may move from its pretrained value, while the module trains.
+
+    After every optimizer step each constrained tensor is projected onto a ball around its anchor W0, the pretrained
+    value: ``W := W0 + r (W - W0)`` with ``r = clip(gamma / (n + 1e-8), 0, 1)``, n the distance and gamma the radius.
+    The radii are learned by Adam on the module's own loss on held-out batches, at the projected weights.
+
+    Args:
+        dataloader: Held-out data: a DataLoader (or any iterable of batches), a function that returns one, or an import
+            path of either, ``"my_project.data:held_out"``, resolved when the first batch is needed. None: a shuffled
+            loader of the callback's own over the ``tpgm_dataloader()`` of the datamodule or module if one is defined,
+            else over the validation data.
+        radius_lr: Adam learning rate of the radii.
+        norm: ``"mars"`` (maximum absolute row sum; each row has its distance, all rows of a tensor share the radius) or
+            ``"l2"`` (Frobenius norm of the tensor).
+        radius_steps: Radius updates each time they are due.
+        every_n_steps: The radii are updated on every n-th optimizer step, the first included; weights are projected
+            after every one.
+        exclude: fnmatch patterns over parameter names, for instance ``["head.*"]``; those are not constrained.
+        pretrained: Where the anchors come from: the path of a Lightning checkpoint or of a state dict (also
+            ``.safetensors``), a mapping, or a module. None: the weights at the start of the fit. Parameters that it
+            lacks, or has in another shape, are not constrained, and this is reported.
+        loss: None for the module's ``training_step`` (evaluated without leaving a trace), ``"validation_step"``, or a
+            callable (pl_module, batch) -> Tensor.
+
+    Raises:
+        MisconfigurationException: For an argument out of its range, in the constructor; when the fit is set up, for
+            manual optimization without ``loss``, without any held-out data, with nothing left to constrain, or with a
+            file that cannot be read.
+
+    Source: Tian et al., "Trainable Projected Gradient Method for Robust Fine-tuning", CVPR 2023, arXiv 2303.10720.
+
+    >>> from lightning.pytorch import Trainer
+    >>> callback = TPGMCallback(radius_lr=1e-2, exclude=["head.*"])
+    >>> trainer = Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
+    >>> callback
+    TPGMCallback(radius_lr=0.01, norm='mars', radius_steps=1, every_n_steps=1, exclude=('head.*',))
+    """
+
+    def __init__(
+        self,
+        dataloader: DataLoader[Any] | Callable[[], Any] | Iterable[Any] | str | None = None,
+        *,
+        radius_lr: float = 1e-2,
+        norm: Norm = "mars",
+        radius_steps: int = 1,
+        every_n_steps: int = 1,
+        exclude: Sequence[str] = (),
+        pretrained: Pretrained | None = None,
+        loss: Loss = None,
+    ) -> None:
+        super().__init__(radius_lr, norm, exclude, pretrained)
+        loader = dataloader is None or isinstance(dataloader, Iterable) or callable(dataloader)
+        check(loader, "dataloader", "a loader, a function that returns one, an import path or None", dataloader)
+        if isinstance(dataloader, str):
+            path = all(part.isidentifier() for part in dataloader.replace(":", ".", 1).split(".")) and "." in dataloader
+            check(path or ":" in dataloader, "dataloader", "an import path like 'my_project.data:held_out'", dataloader)
+        for name, value in (("radius_steps", radius_steps), ("every_n_steps", every_n_steps)):
+            check(
+                isinstance(value, int) and not isinstance(value, bool) and value > 0, name, "a positive integer", value
+            )
+        check(
+            loss is None or loss == "validation_step" or callable(loss),
+            "loss",
+            "None, 'validation_step' or a callable (pl_module, batch) -> Tensor",
+            loss,
+        )
+        self.dataloader = dataloader
+        self.radius_steps = radius_steps
+        self.every_n_steps = every_n_steps
+        self.loss = loss
+        self._evaluate = HeldOutLoss(loss)
+
+    def __repr__(self) -> str:
+        """One line with the arguments that shape the method."""
+        shown = ("radius_lr", "norm", "radius_steps", "every_n_steps", "exclude")
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
+    # ---- Lightning's hooks
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuses what cannot work with this module and these data."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if self.loss is None and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot evaluate the training_step of a module with manual optimization: it would"
+                " step the optimizers. Pass `loss`: 'validation_step', or a callable (pl_module, batch) -> Tensor."
+            )
+        if self.loss == "validation_step" and not is_overridden("validation_step", pl_module):
+            raise MisconfigurationException(
+                f"`loss` = 'validation_step', but {type(pl_module).__name__} defines no validation_step. Define one that"
+                " returns the loss, or pass another `loss`."
+            )
+        if self.dataloader is None and not has_default_loaders(trainer, pl_module):
+            raise MisconfigurationException(
+                f"{type(self).__name__} found no held-out data to learn the radii from. Pass `dataloader`, or define"
+                " tpgm_dataloader() or val_dataloader() in the datamodule or the module."
+            )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Shows the held-out loss in the progress bar; warns of skipped updates where the device need not be awaited."""
+        if self._held_out_loss is not None:
+            summary = {"tpgm/heldout_loss": self._held_out_loss, "tpgm/mean_ratio": self._mean_ratio}
+            pl_module.log_dict(summary, prog_bar=True, logger=False)
+            self._held_out_loss = None
+        look = self._skipped.device.type == "cpu" or (batch_idx + 1) % trainer.log_every_n_steps == 0
+        if look and not self._warned and bool(self._skipped):
+            self._warned = True
+            rank_zero_warn(
+                "The held-out loss, or its gradient, is not finite: that radius update was skipped, training goes on."
+                " Further ones are skipped without a warning."
+            )
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Ends the held-out loader's workers."""
+        super().on_exception(trainer, pl_module, exception)
+        self._close_held_out()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Ends the held-out loader's workers."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self._close_held_out()
+
+    # ---- the method
+
+    @override
+    def reset_method(self) -> None:
+        """Forgets the radii and the position in the held-out data."""
+        super().reset_method()
+        self._steps = 0  # optimizer steps seen
+        self._held_out: HeldOutBatches | None = None
+        self._held_out_state: dict[str, int] | None = None
+        self._held_out_loss: Tensor | None = None  # of the last update, until it is logged
+        self._skipped = torch.zeros((), dtype=torch.long)  # updates that were not finite
+        self._warned = False
+
+    @override
+    def method_state(self) -> dict[str, Any]:
+        """Radii, their Adam state, the step count and the position in the held-out data."""
+        held_out = self._held_out_state if self._held_out is None else self._held_out.state_dict()
+        return {**super().method_state(), "steps": self._steps, "held_out": held_out}
+
+    @override
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `method_state` gave."""
+        super().load_method_state(state)
+        self._steps, self._held_out_state, self._held_out = state["steps"], state["held_out"], None
+
+    @override
+    def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Updates the radii if that is due and projects the weights."""
+        weights: list[Tensor] = [parameter.detach() for parameter in self._parameters.values()]
+        distances = self._measure(weights)
+        largest = torch.stack([distance.amax() for distance in distances])
+        self._learned.start(torch.stack([distance.amin() for distance in distances]) / 2)
+        due = self._steps % self.every_n_steps == 0
+        self._steps += 1
+        if due:
+            weights = [weight.clone() for weight in weights]
+        try:
+            for _ in range(self.radius_steps if due else 0):
+                self._learned.clamp(largest)
+                self._project(weights, distances)
+                self._update_radii(trainer, pl_module, weights, distances)
+        finally:  # whatever happens, the weights are left inside the ball
+            self._learned.clamp(largest)
+            self._project(weights, distances)
+
+    def _update_radii(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: list[Tensor], distances: list[Tensor]
+    ) -> None:
+        """One Adam step on the radii; the parameters hold the projections of ``weights``."""
+        with no_trace(trainer, pl_module):
+            if self._held_out is None:
+                self._held_out = held_out_batches(trainer, pl_module, self.dataloader)
+                if self._held_out_state is not None:
+                    self._held_out.load_state_dict(self._held_out_state)
+            evaluated = self._evaluate(trainer, pl_module, self._held_out.draw(), list(self._parameters.values()))
+        if evaluated is None:
+            return
+        loss, grads = evaluated
+        radii = self._learned
+        slopes = [
+            radii.value.new_zeros(())
+            if grad is None
+            else radius_gradient(grad, weight, anchor, distance, radius, self.norm).to(radii.value)
+            for grad, weight, anchor, distance, radius in zip(
+                grads, weights, self._anchor.values(), distances, radii.value.unbind(), strict=True
+            )
+        ]
+        summary = trainer.strategy.reduce(torch.stack([loss.to(radii.value), *slopes]), reduce_op="mean")
+        finite = summary.isfinite().all()
+        radii.adam(summary[1:], where=finite)
+        self._held_out_loss = summary[0]
+        self._skipped = self._skipped.to(finite.device) + ~finite
+
+    def _close_held_out(self) -> None:
+        if self._held_out is not None:
+            self._held_out_state, self._held_out = self._held_out.state_dict(), None

@@ -1,0 +1,332 @@
+"""The module's own loss on a held-out batch, and its gradient, leaving no trace."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSet, Sequence
+from contextlib import ExitStack, contextmanager
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_tpgm.heldout import HeldOutBatch
+
+Loss = Literal["validation_step"] | Callable[[pl.LightningModule, Any], Tensor] | None
+
+
+@contextmanager
+def no_trace(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Everything that running the module's step changes is put back on exit, also when it raises.
+
+    Inside, every module is in eval mode and metrics are empty. Put back are: the generators of torch, numpy and python;
+    the train / eval flag, buffers and attributes of every module (numbers, tensors, arrays, containers at any depth,
+    generators, and the attributes of objects that hang on a module), and with them the states of metrics;
+    nothing reaches `self.log` or the loggers. The module's parameters are the caller's business.
+
+    Not put back: what the step does to the outside world (files, printed text, its own threads) and tensors inside
+    containers that are changed in place.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_isolated_generators())
+        stack.enter_context(_silent(trainer, pl_module))
+        stack.enter_context(_unchanged(pl_module))
+        pl_module.eval()
+        for module in pl_module.modules():
+            if isinstance(module, Metric):
+                module.reset()
+        yield
+
+
+class HeldOutLoss:
+    """The loss of a module on a held-out batch and its gradient, in the trainer's precision; call it inside `no_trace`.
+
+    Args:
+        loss: None for the module's ``training_step``, ``"validation_step"``, or a callable (pl_module, batch) -> Tensor.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+        self._by_backward = False
+
+    def __call__(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        drawn: HeldOutBatch,
+        parameters: Sequence[nn.Parameter],
+    ) -> tuple[Tensor, list[Tensor | None]] | None:
+        """Evaluate.
+
+        Returns:
+            The loss (a scalar tensor without graph) and dLoss/dW of each parameter, None where the loss does not depend
+            on it. Or None if ``training_step`` returned None ("skip this batch").
+
+        Raises:
+            MisconfigurationException: If what came back is no scalar loss, or has no gradient.
+        """
+        batch = trainer.precision_plugin.convert_input(drawn.batch)
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=drawn.dataloader_idx)
+        drawn = drawn._replace(batch=trainer.strategy.batch_to_device(batch, dataloader_idx=drawn.dataloader_idx))
+        with torch.inference_mode(False), torch.enable_grad(), _trainable(parameters):
+            loss = self._value(trainer, pl_module, drawn)
+            if loss is None:
+                return None
+            scale = _loss_scale(trainer, loss)
+            if not self._by_backward:
+                try:
+                    grads = list(torch.autograd.grad(loss * scale, parameters, allow_unused=True))
+                except RuntimeError as error:
+                    if "checkpoint" not in str(error):
+                        raise
+                    self._by_backward = True  # reentrant activation checkpointing refuses autograd.grad
+                    loss = self._value(trainer, pl_module, drawn)
+            if self._by_backward:
+                grads = _gradients_by_backward(loss * scale, pl_module, parameters)
+        return loss.detach(), [None if grad is None else grad / scale for grad in grads]
+
+    def _value(self, trainer: pl.Trainer, pl_module: pl.LightningModule, drawn: HeldOutBatch) -> Tensor | None:
+        with trainer.precision_plugin.train_step_context():
+            if self.loss is None:
+                source, output = "training_step", _run_step(pl_module.training_step, drawn)
+            elif self.loss == "validation_step":
+                source, output = "validation_step", _run_step(pl_module.validation_step, drawn)
+            else:
+                source, output = "loss callable", self.loss(pl_module, drawn.batch)
+        if output is None and self.loss is None:
+            return None
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise MisconfigurationException(
+                f"The {source} should return the loss to learn the radii from (a scalar tensor, or a dict with one under"
+                f" 'loss'), found {_describe(output)}. Return it there, or pass another `loss`: None for the"
+                " training_step, 'validation_step', or a callable (pl_module, batch) -> Tensor."
+            )
+        if not loss.requires_grad:
+            raise MisconfigurationException(
+                f"The held-out loss of the {source} has no gradient: it is detached, computed under torch.no_grad(), or"
+                " depends on no trainable parameter. Mend that, or pass another `loss`."
+            )
+        return loss.reshape(())
+
+
+def _loss_scale(trainer: pl.Trainer, loss: Tensor) -> Tensor:
+    """What the trainer's gradient scaler multiplies a loss with, without waiting for the device; 1 without a scaler."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    one = torch.ones_like(loss, requires_grad=False)
+    return one if scaler is None else scaler.scale(one)
+
+
+@contextmanager
+def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """All parameters require a gradient, also those that a toggled optimizer has switched off."""
+    switched_off = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in switched_off:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in switched_off:
+            parameter.requires_grad_(False)
+
+
+def _gradients_by_backward(loss: Tensor, module: nn.Module, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients by ``backward()``; every ``.grad`` of the module is put aside and put back."""
+    kept = [(parameter, parameter.grad) for parameter in module.parameters()]
+    try:
+        for parameter, _ in kept:
+            parameter.grad = None
+        loss.backward()
+        return [parameter.grad for parameter in parameters]
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad
+
+
+def _run_step(step: Callable[..., Any], drawn: HeldOutBatch) -> Any:
+    """Call a step with the arguments that its signature asks for, by Lightning's own rule."""
+    if not is_param_in_hook_signature(step, "batch_idx", min_args=2):
+        return step(drawn.batch)
+    if not is_param_in_hook_signature(step, "dataloader_idx", explicit=True, min_args=3):
+        return step(drawn.batch, drawn.batch_idx)
+    return step(drawn.batch, drawn.batch_idx, drawn.dataloader_idx)
+
+
+def _describe(output: Any) -> str:
+    if isinstance(output, Mapping):
+        return f"a dict with the keys {list(output)}"
+    return f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else repr(type(output).__name__)
+
+
+@contextmanager
+def _isolated_generators() -> Iterator[None]:
+    """`isolate_rng` that also restores when the body raises."""
+    isolation = isolate_rng()
+    isolation.__enter__()
+    try:
+        yield
+    finally:
+        isolation.__exit__(None, None, None)
+
+
+@contextmanager
+def _silent(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Nothing is logged: neither through `self.log` of the module and its parts nor through the loggers."""
+    modules = [module for module in pl_module.modules() if isinstance(module, pl.LightningModule)]
+    own = [{name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)} for module in modules]
+    loggers = trainer.loggers
+    try:
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        for module in modules:
+            vars(module).update(log=_ignore, log_dict=_ignore)
+        yield
+    finally:
+        for module, names in zip(modules, own, strict=True):
+            for name in ("log", "log_dict"):
+                vars(module).pop(name, None)
+            vars(module).update(names)
+        trainer.loggers = loggers
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    pass
+
+
+@contextmanager
+def _unchanged(root: nn.Module) -> Iterator[None]:
+    """Flags, buffers and attributes of all modules are as before on exit."""
+    modules = list(root.modules())
+    flags = [module.training for module in modules]
+    memory = _Memory()
+    for module in modules:
+        memory.keep_module(module)
+    try:
+        yield
+    finally:
+        memory.restore()
+        for module, training in zip(modules, flags, strict=True):
+            if module.training != training:
+                module.training = training
+
+
+class _Memory:
+    """Remembers values so that each can be restored *in place*: whoever else holds them sees them restored too."""
+
+    _MODULE_STATE = frozenset(vars(nn.Module())) - {"_buffers"}  # torch's own bookkeeping
+    _ATOMS = (int, float, complex, str, bytes, Tensor, type(None))
+    _OPAQUE = (type, ModuleType, FunctionType, MethodType, pl.Trainer, pl.LightningDataModule, torch.utils.data.Dataset)
+    _FOREIGN = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy"})
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self._seen: dict[int, Any] = {}
+
+    def restore(self) -> None:
+        for undo in reversed(self._undo):
+            undo()
+
+    def keep_module(self, module: nn.Module) -> None:
+        if id(module) in self._seen:
+            return
+        self._seen[id(module)] = module
+        for buffer in module.buffers(recurse=False):
+            self._keep_array(buffer)
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # its attributes live in TorchScript
+        self._keep_mapping(vars(module))
+        self._keep_mapping(module._buffers)
+        for name, value in vars(module).items():
+            if name not in self._MODULE_STATE:
+                self._keep_array(value)
+                self._keep(value)
+
+    def _keep(self, value: Any, inside_object: bool = False) -> None:
+        """Remember what a container or object holds; tensors and arrays in it by reference only."""
+        if isinstance(value, self._ATOMS) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        parts: Any = ()
+        if isinstance(value, MutableMapping):
+            self._keep_mapping(value)
+            parts = value.values()
+        elif isinstance(value, list | deque):
+            self._keep_sequence(value)
+            parts = value
+        elif isinstance(value, tuple):
+            parts = value
+        elif isinstance(value, MutableSet):
+            self._keep_set(value)
+        elif isinstance(value, torch.Generator):
+            self._later(value.set_state, value.get_state())
+        elif isinstance(value, random.Random):
+            self._later(value.setstate, value.getstate())
+        elif isinstance(value, np.random.Generator):
+            self._later(lambda state: setattr(value.bit_generator, "state", state), value.bit_generator.state)
+        elif isinstance(value, nn.Module):
+            self.keep_module(value)  # one that is hidden in a container
+        elif not inside_object and self._is_users_object(value):
+            self._keep_mapping(vars(value))
+            parts, inside_object = vars(value).values(), True
+        for part in parts:
+            self._keep(part, inside_object)
+
+    def _is_users_object(self, value: Any) -> bool:
+        package = type(value).__module__.partition(".")[0]
+        return hasattr(value, "__dict__") and not isinstance(value, self._OPAQUE) and package not in self._FOREIGN
+
+    def _later(self, undo: Callable[[Any], Any], argument: Any) -> None:
+        self._undo.append(lambda: undo(argument))
+
+    def _keep_array(self, value: Any) -> None:
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
+            copy, version = value.detach().clone(), value._version
+
+            def undo() -> None:
+                if value._version != version:
+                    with torch.no_grad():
+                        value.copy_(copy)
+
+            self._undo.append(undo)
+        elif isinstance(value, np.ndarray):
+            self._later(lambda kept: np.copyto(value, kept), value.copy())
+
+    def _keep_mapping(self, value: MutableMapping[Any, Any]) -> None:
+        kept = dict(value)
+
+        def undo() -> None:
+            if list(value) != list(kept):  # also the order: names of buffers and metrics
+                value.clear()
+                value.update(kept)
+            for key, item in kept.items():
+                if value[key] is not item:
+                    value[key] = item
+
+        self._undo.append(undo)
+
+    def _keep_sequence(self, value: list[Any] | deque[Any]) -> None:
+        kept = list(value)
+
+        def undo() -> None:
+            value.clear()
+            value.extend(kept)
+
+        self._undo.append(undo)
+
+    def _keep_set(self, value: MutableSet[Any]) -> None:
+        kept = list(value)
+
+        def undo() -> None:
+            value.clear()
+            for item in kept:
+                value.add(item)
+
+        self._undo.append(undo)

@@ -1,0 +1,109 @@
+"""The projection onto a ball around the anchor, and how a loss changes with the ball's radius.
+
+In the notation of the papers: anchor W0, weight W, deviation D = W - W0, distance n, radius gamma. All functions are
+pure and take one tensor; distances come from `lightning_tpgm.norms.row_distance` and broadcast against the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_tpgm.norms import Norm, deviation, row_dims
+
+EPS = 1e-8
+"""Added to a distance that divides."""
+MIN_RADIUS = 1e-8
+"""The smallest legal radius of a tensor that has moved at least this far."""
+
+
+def ratio(radius: Tensor, distance: Tensor) -> Tensor:
+    """r = clip(gamma / (n + eps), 0, 1): what remains of each row's deviation.
+
+    Args:
+        radius: gamma, a scalar tensor.
+        distance: n, shape (R, 1, ...) or (1, 1, ...).
+
+    Returns:
+        r, the shape of ``distance``. 1 means that the row is inside the ball.
+
+    Source: Tian et al., CVPR 2023, equation 4.
+    """
+    return (radius / (distance + EPS)).clamp(0, 1)
+
+
+def project(weight: Tensor, anchor: Tensor, ratio: Tensor) -> Tensor:
+    """W0 + r (W - W0), computed in float32 at least; a row with r = 1 is returned unchanged to the bit.
+
+    Each row is shrunk radially towards its anchor. For ``l2`` this is the Euclidean projection onto the ball; for
+    ``mars`` it is *not* the nearest point of the L1 ball: it keeps the direction of the row's deviation.
+
+    Args:
+        weight: W, any shape and floating dtype.
+        anchor: W0, same shape and dtype.
+        ratio: r, broadcastable against W.
+
+    Returns:
+        The projected weight, same shape and dtype as ``weight``.
+
+    Source: Tian et al., CVPR 2023, equation 4.
+
+    >>> project(torch.tensor([3.0, 4.0]), torch.zeros(2), torch.tensor([0.5])).tolist()
+    [1.5, 2.0]
+    """
+    return anchor.to(ratio.dtype).lerp(weight.to(ratio.dtype), ratio).to(weight.dtype)
+
+
+def radius_gradient(
+    grad: Tensor, weight: Tensor, anchor: Tensor, distance: Tensor, radius: Tensor, norm: Norm
+) -> Tensor:
+    """dLoss/dgamma = sum over rows with 0 < gamma / (n + eps) < 1 of <G_row, D_row> / (n_row + eps).
+
+    The derivative of the loss at the projected weight W0 + r D with respect to the radius. Rows inside the ball do not
+    depend on the radius and add nothing.
+
+    Args:
+        grad: G = dLoss/dW at the projected weight, any shape and floating dtype.
+        weight: W, the weight *before* the projection, same shape.
+        anchor: W0, same shape.
+        distance: n, the distances of ``weight``.
+        radius: gamma, a scalar tensor.
+        norm: ``"mars"`` or ``"l2"``.
+
+    Returns:
+        A scalar tensor of the dtype of ``distance``.
+
+    Source: the chain rule through Tian et al., CVPR 2023, equation 4.
+    """
+    slope = row_dot(grad, deviation(weight, anchor), norm) / (distance + EPS)
+    active = radius / (distance + EPS)
+    return torch.where((active > 0) & (active < 1), slope, 0).sum()
+
+
+def row_dot(a: Tensor, b: Tensor, norm: Norm) -> Tensor:
+    """Inner product of each row of two tensors, shaped like the rows' distances.
+
+    Args:
+        a: Shape (R, ...).
+        b: Same shape.
+        norm: Says what a row is, as in `lightning_tpgm.norms.row_dims`.
+
+    >>> row_dot(torch.ones(2, 3), torch.ones(2, 3), "mars").tolist()
+    [[3.0], [3.0]]
+    """
+    product = a.to(b.dtype) * b
+    dims = row_dims(product.ndim, norm)
+    return product.sum(dim=dims, keepdim=True) if dims else product
+
+
+def legal_radius(radius: Tensor, largest: Tensor) -> Tensor:
+    """Clamp radii to [1e-8, largest distance]; the upper bound wins for a tensor that has not moved that far.
+
+    Args:
+        radius: gamma, shape (T,) for T tensors.
+        largest: The largest row distance of each tensor, shape (T,).
+
+    >>> legal_radius(torch.tensor([5.0, -1.0, 1.0]), torch.tensor([2.0, 2.0, 0.0])).tolist()
+    [2.0, 9.99999993922529e-09, 0.0]
+    """
+    return radius.clamp(min=MIN_RADIUS).minimum(largest)

@@ -1,0 +1,60 @@
+"""Which parameters are constrained."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what `torch.compile` adds to it.
+
+    >>> clean_name("model._orig_mod.conv.weight")
+    'model.conv.weight'
+    """
+    return name.replace("_orig_mod.", "")
+
+
+def constrainable(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """The parameters that a constraint may act on, frozen ones included, by name.
+
+    A parameter counts once, under its first name, if several modules share it; a pattern that matches any of its names
+    excludes it. Integer, complex and empty tensors are left alone.
+
+    Args:
+        module: The module whose parameters are meant.
+        exclude: fnmatch patterns (``*``, ``?``, ``[...]``, case-sensitive) over parameter names.
+
+    Raises:
+        ValueError: If a pattern matches no parameter, with the closest names; or if a parameter has no shape yet.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(clean_name(name))
+    known = [name for aliases in names.values() for name in aliases]
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise ValueError(f"`exclude` pattern {pattern!r} matches no parameter. {_closest(pattern, known)}")
+
+    selected = {}
+    for parameter, aliases in names.items():
+        if any(fnmatchcase(name, pattern) for name in aliases for pattern in exclude):
+            continue
+        if is_lazy(parameter):
+            raise ValueError(
+                f"Parameter {aliases[0]!r} has no shape yet. Run one batch through the lazy module before the fit,"
+                " or name it in `exclude`."
+            )
+        if parameter.is_floating_point() and parameter.numel() > 0:
+            selected[aliases[0]] = parameter
+    return selected
+
+
+def _closest(pattern: str, names: list[str]) -> str:
+    stem = pattern.rstrip("*").rstrip(".")
+    close = [name for name in names if stem and stem in name] or difflib.get_close_matches(pattern, names, cutoff=0.4)
+    return f"The closest names are {', '.join(map(repr, (close or names)[:5]))}."
