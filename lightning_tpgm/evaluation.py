@@ -51,7 +51,8 @@ class HeldOutLoss:
     """The loss of a module on a held-out batch and its gradient, in the trainer's precision; call it inside `no_trace`.
 
     Args:
-        loss: None for the module's ``training_step``, ``"validation_step"``, or a callable (pl_module, batch) -> Tensor.
+        loss: None for the module's ``training_step``, ``"validation_step"``, or a callable (pl_module, batch) ->
+            Tensor.
     """
 
     def __init__(self, loss: Loss) -> None:
@@ -74,27 +75,23 @@ class HeldOutLoss:
         Raises:
             MisconfigurationException: If what came back is no scalar loss, or has no gradient.
         """
-        batch = trainer.precision_plugin.convert_input(drawn.batch)
-        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=drawn.dataloader_idx)
-        drawn = drawn._replace(batch=trainer.strategy.batch_to_device(batch, dataloader_idx=drawn.dataloader_idx))
         with torch.inference_mode(False), torch.enable_grad(), _trainable(parameters):
             loss = self._value(trainer, pl_module, drawn)
             if loss is None:
                 return None
             scale = _loss_scale(trainer, loss)
-            if not self._by_backward:
-                try:
-                    grads = list(torch.autograd.grad(loss * scale, parameters, allow_unused=True))
-                except RuntimeError as error:
-                    if "checkpoint" not in str(error):
-                        raise
-                    self._by_backward = True  # reentrant activation checkpointing refuses autograd.grad
-                    loss = self._value(trainer, pl_module, drawn)
-            if self._by_backward:
+            grads = None if self._by_backward else _gradients(loss * scale, parameters)
+            if grads is None:
+                if not self._by_backward:  # the failed attempt has freed part of the graph
+                    self._by_backward = True
+                    return self(trainer, pl_module, drawn, parameters)
                 grads = _gradients_by_backward(loss * scale, pl_module, parameters)
         return loss.detach(), [None if grad is None else grad / scale for grad in grads]
 
     def _value(self, trainer: pl.Trainer, pl_module: pl.LightningModule, drawn: HeldOutBatch) -> Tensor | None:
+        batch = trainer.precision_plugin.convert_input(drawn.batch)
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=drawn.dataloader_idx)
+        drawn = drawn._replace(batch=trainer.strategy.batch_to_device(batch, dataloader_idx=drawn.dataloader_idx))
         with trainer.precision_plugin.train_step_context():
             if self.loss is None:
                 source, output = "training_step", _run_step(pl_module.training_step, drawn)
@@ -107,8 +104,8 @@ class HeldOutLoss:
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise MisconfigurationException(
-                f"The {source} should return the loss to learn the radii from (a scalar tensor, or a dict with one under"
-                f" 'loss'), found {_describe(output)}. Return it there, or pass another `loss`: None for the"
+                f"The {source} should return the loss to learn the radii from (a scalar tensor, or a dict with one"
+                f" under 'loss'), found {_describe(output)}. Return it there, or pass another `loss`: None for the"
                 " training_step, 'validation_step', or a callable (pl_module, batch) -> Tensor."
             )
         if not loss.requires_grad:
@@ -139,13 +136,23 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
+def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None] | None:
+    """The gradients, touching no ``.grad``; None where that is impossible: under reentrant activation checkpointing."""
+    try:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint" in str(error):
+            return None
+        raise
+
+
 def _gradients_by_backward(loss: Tensor, module: nn.Module, parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients by ``backward()``; every ``.grad`` of the module is put aside and put back."""
     kept = [(parameter, parameter.grad) for parameter in module.parameters()]
     try:
         for parameter, _ in kept:
             parameter.grad = None
-        loss.backward()
+        torch.autograd.backward(loss)
         return [parameter.grad for parameter in parameters]
     finally:
         for parameter, grad in kept:
@@ -182,7 +189,7 @@ def _isolated_generators() -> Iterator[None]:
 def _silent(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
     """Nothing is logged: neither through `self.log` of the module and its parts nor through the loggers."""
     modules = [module for module in pl_module.modules() if isinstance(module, pl.LightningModule)]
-    own = [{name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)} for module in modules]
+    own: list[dict[str, Any]] = [{k: vars(m)[k] for k in ("log", "log_dict") if k in vars(m)} for m in modules]
     loggers = trainer.loggers
     try:
         trainer.loggers = [DummyLogger() for _ in loggers]

@@ -63,4 +63,5 @@ def row_distance(deviation: Tensor, norm: Norm) -> Tensor:
     dims = row_dims(deviation.ndim, norm)
     if not dims:  # a scalar: `vector_norm(dim=())` would mean the same, but not in every torch version
         return deviation.abs()
-    return torch.linalg.vector_norm(deviation, ord=1 if norm == "mars" else 2, dim=dims, keepdim=True)
+    distance: Tensor = torch.linalg.vector_norm(deviation, ord=1 if norm == "mars" else 2, dim=dims, keepdim=True)
+    return distance

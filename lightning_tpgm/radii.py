@@ -21,19 +21,26 @@ class Radii:
 
     Args:
         lr: Learning rate.
-        device: Device of the vectors.
-        dtype: float32 or float64.
     """
 
     BETAS = (0.9, 0.999)
     EPS = 1e-8
     _VECTORS = ("value", "exp_avg", "exp_avg_sq", "step")
 
-    def __init__(self, lr: float, device: torch.device, dtype: torch.dtype) -> None:
+    value: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
+    def __init__(self, lr: float) -> None:
         self.lr = lr
         self.names: list[str] = []
-        empty = torch.empty(0, device=device, dtype=dtype)
-        self.value, self.exp_avg, self.exp_avg_sq, self.step = empty, empty, empty, empty
+        self.value = self.exp_avg = self.exp_avg_sq = self.step = torch.empty(0)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the vectors; the dtype should be float32 or float64."""
+        for name in self._VECTORS:
+            setattr(self, name, getattr(self, name).to(device, dtype))
 
     def add(self, names: Sequence[str]) -> None:
         """Let tensors join; their radii are not a number until `start` gives them one."""
@@ -81,7 +88,7 @@ class Radii:
         return {"names": list(self.names), **{name: getattr(self, name).cpu() for name in self._VECTORS}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over names and vectors, keeping device and dtype."""
+        """Take over names and vectors."""
         self.names = list(state["names"])
         for name in self._VECTORS:
-            setattr(self, name, state[name].to(self.value))
+            setattr(self, name, state[name])

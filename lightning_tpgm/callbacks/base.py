@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,18 +56,13 @@ class AnchoredCallback(pl.Callback):
     """
 
     def __init__(self, exclude: Sequence[str] = (), pretrained: Pretrained | None = None) -> None:
-        patterns = isinstance(exclude, Sequence) and not isinstance(exclude, str)
-        check(patterns and all(isinstance(p, str) for p in exclude), "exclude", "a sequence of patterns", exclude)
+        patterns: object = exclude
+        usable = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+        check(usable and all(isinstance(p, str) for p in exclude), "exclude", "a sequence of patterns", exclude)
+        accepted = isinstance(pretrained, str | os.PathLike | Mapping | nn.Module | None)
+        check(accepted, "pretrained", "a path, a mapping of tensors by name, a module or None", pretrained)
         self.exclude = tuple(exclude)
         self.pretrained = pretrained
-        if pretrained is not None and not isinstance(pretrained, nn.Module):
-            with configuration_errors():
-                check(
-                    isinstance(pretrained, Pretrained),
-                    "pretrained",
-                    "a path, a mapping of tensors, a module or None",
-                    pretrained,
-                )
         self._parameters: dict[str, nn.Parameter] = {}  # constrained now
         self._anchor: dict[str, Tensor] = {}  # of these, by the same names
         self._waiting: dict[str, nn.Parameter] = {}  # frozen yet
@@ -119,8 +115,8 @@ class AnchoredCallback(pl.Callback):
             if self.pretrained is None:
                 raise MisconfigurationException(
                     f"The checkpoint {str(trainer.ckpt_path)!r} has no state of this {type(self).__name__} (key"
-                    f" {self.state_key!r}), so the pretrained weights are not known any more. Pass them as `pretrained`,"
-                    " for instance the checkpoint that the first run started from."
+                    f" {self.state_key!r}), so the pretrained weights are not known any more. Pass them as"
+                    " `pretrained`, for instance the checkpoint that the first run started from."
                 )
         self._parameters = {name: candidates[name] for name in self._anchor}
         self._anchor = {name: capture(anchor, candidates[name]) for name, anchor in self._anchor.items()}
@@ -205,7 +201,7 @@ class AnchoredCallback(pl.Callback):
             return match_pretrained(pretrained, self._waiting, report)
 
     def _check_something_to_do(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        may_join = bool(self._waiting) and any(isinstance(c, BaseFinetuning) for c in trainer.callbacks)
+        may_join = bool(self._waiting) and any(isinstance(c, BaseFinetuning) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if not self._parameters and not may_join:
             raise MisconfigurationException(
                 f"{type(self).__name__} has nothing to constrain: of {len(list(pl_module.parameters()))} parameters"
@@ -260,60 +256,53 @@ class RadiusCallback(AnchoredCallback):
     @property
     def radii(self) -> dict[str, float]:
         """The radius of each constrained parameter, by name; empty before the first fit."""
-        return self._radii.as_dict() if self._radii is not None else {}
+        return self._radii.as_dict()
 
     @property
     def distances(self) -> dict[str, float]:
         """The largest row distance of each constrained parameter after the last projection, by name."""
-        if self._radii is None:
-            return {}
         return dict(zip(self._radii.names, self._distances.tolist(), strict=True))
 
     @override
     def reset_method(self) -> None:
         """Forgets the radii."""
-        self._radii: Radii | None = None
+        self._radii = Radii(self.radius_lr)
         self._distances = self._mean_ratio = torch.empty(0)
 
     @override
     def joined(self, names: list[str]) -> None:
         """Gives each new parameter a radius."""
-        radii = self._radii if self._radii is not None else self._new_radii()
-        radii.add(names)
-        self._distances = torch.cat([self._distances.to(radii.value), radii.value.new_zeros(len(names))])
-        self._radii = radii
+        self._place_radii()
+        self._radii.add(names)
+        self._distances = torch.cat([self._distances, self._distances.new_zeros(len(names))])
 
     @override
     def method_state(self) -> dict[str, Any]:
         """Radii, their Adam state, and the last distances."""
-        return {"radii": self._learned.state_dict(), "distances": self._distances.cpu()}
+        return {"radii": self._radii.state_dict(), "distances": self._distances.cpu()}
 
     @override
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Takes over radii and Adam state."""
-        self._radii = self._new_radii()
         self._radii.load_state_dict(state["radii"])
-        self._distances = state["distances"].to(self._radii.value)
+        self._distances = state["distances"]
+        self._place_radii()
 
-    @property
-    def _learned(self) -> Radii:
-        assert self._radii is not None  # a fit has started
-        return self._radii
-
-    def _new_radii(self) -> Radii:
+    def _place_radii(self) -> None:
         parameters = list(self._parameters.values())
         double = any(parameter.dtype == torch.float64 for parameter in parameters)
-        return Radii(self.radius_lr, parameters[0].device, torch.float64 if double else torch.float32)
+        self._radii.to(parameters[0].device, torch.float64 if double else torch.float32)
+        self._distances = self._distances.to(self._radii.value)
 
     def _measure(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """The row distances of each constrained tensor, in the radii's dtype."""
-        dtype = self._learned.value.dtype
+        dtype = self._radii.value.dtype
         pairs = zip(weights, self._anchor.values(), strict=True)
         return [row_distance(deviation(weight, anchor), self.norm).to(dtype) for weight, anchor in pairs]
 
     def _project(self, weights: Sequence[Tensor], distances: Sequence[Tensor]) -> None:
         """Write the projections of these weights into the parameters."""
-        radii = self._learned.value.unbind()
+        radii = self._radii.value.unbind()
         ratios = [ratio(radius, distance) for radius, distance in zip(radii, distances, strict=True)]
         for p, weight, anchor, r in zip(self._parameters.values(), weights, self._anchor.values(), ratios, strict=True):
             p.copy_(project(weight, anchor, r))

@@ -62,6 +62,11 @@ class TPGMCallback(RadiusCallback):
     TPGMCallback(radius_lr=0.01, norm='mars', radius_steps=1, every_n_steps=1, exclude=('head.*',))
     """
 
+    _held_out: HeldOutBatches | None
+    _held_out_state: dict[str, int] | None
+    _held_out_loss: Tensor | None
+    _warned: bool
+
     def __init__(
         self,
         dataloader: DataLoader[Any] | Callable[[], Any] | Iterable[Any] | str | None = None,
@@ -75,15 +80,17 @@ class TPGMCallback(RadiusCallback):
         loss: Loss = None,
     ) -> None:
         super().__init__(radius_lr, norm, exclude, pretrained)
-        loader = dataloader is None or isinstance(dataloader, Iterable) or callable(dataloader)
-        check(loader, "dataloader", "a loader, a function that returns one, an import path or None", dataloader)
+        given: object = dataloader
+        usable = given is None or isinstance(given, Iterable) or callable(given)
+        check(usable, "dataloader", "a loader, a function that returns one, an import path or None", dataloader)
         if isinstance(dataloader, str):
-            path = all(part.isidentifier() for part in dataloader.replace(":", ".", 1).split(".")) and "." in dataloader
-            check(path or ":" in dataloader, "dataloader", "an import path like 'my_project.data:held_out'", dataloader)
-        for name, value in (("radius_steps", radius_steps), ("every_n_steps", every_n_steps)):
-            check(
-                isinstance(value, int) and not isinstance(value, bool) and value > 0, name, "a positive integer", value
-            )
+            names = dataloader.replace(":", ".", 1).split(".")
+            path = len(names) > 1 and all(name.isidentifier() for name in names)
+            check(path, "dataloader", "an import path like 'my_project.data:held_out'", dataloader)
+        counts: dict[str, object] = {"radius_steps": radius_steps, "every_n_steps": every_n_steps}
+        for name, value in counts.items():
+            positive = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            check(positive, name, "a positive integer", value)
         check(
             loss is None or loss == "validation_step" or callable(loss),
             "loss",
@@ -96,6 +103,7 @@ class TPGMCallback(RadiusCallback):
         self.loss = loss
         self._evaluate = HeldOutLoss(loss)
 
+    @override
     def __repr__(self) -> str:
         """One line with the arguments that shape the method."""
         shown = ("radius_lr", "norm", "radius_steps", "every_n_steps", "exclude")
@@ -111,13 +119,14 @@ class TPGMCallback(RadiusCallback):
             return
         if self.loss is None and not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"{type(self).__name__} cannot evaluate the training_step of a module with manual optimization: it would"
-                " step the optimizers. Pass `loss`: 'validation_step', or a callable (pl_module, batch) -> Tensor."
+                f"{type(self).__name__} cannot evaluate the training_step of a module with manual optimization: it"
+                " would step the optimizers. Pass `loss`: 'validation_step', or a callable (pl_module, batch) ->"
+                " Tensor."
             )
         if self.loss == "validation_step" and not is_overridden("validation_step", pl_module):
             raise MisconfigurationException(
-                f"`loss` = 'validation_step', but {type(pl_module).__name__} defines no validation_step. Define one that"
-                " returns the loss, or pass another `loss`."
+                f"`loss` = 'validation_step', but {type(pl_module).__name__} defines no validation_step. Define one"
+                " that returns the loss, or pass another `loss`."
             )
         if self.dataloader is None and not has_default_loaders(trainer, pl_module):
             raise MisconfigurationException(
@@ -129,13 +138,12 @@ class TPGMCallback(RadiusCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Shows the held-out loss in the progress bar; warns of skipped updates where the device need not be awaited."""
+        """Shows the held-out loss in the progress bar; warns of skipped updates."""
         if self._held_out_loss is not None:
             summary = {"tpgm/heldout_loss": self._held_out_loss, "tpgm/mean_ratio": self._mean_ratio}
             pl_module.log_dict(summary, prog_bar=True, logger=False)
             self._held_out_loss = None
-        look = self._skipped.device.type == "cpu" or (batch_idx + 1) % trainer.log_every_n_steps == 0
-        if look and not self._warned and bool(self._skipped):
+        if not self._warned and self._may_look(trainer, batch_idx) and bool(self._skipped):
             self._warned = True
             rank_zero_warn(
                 "The held-out loss, or its gradient, is not finite: that radius update was skipped, training goes on."
@@ -162,9 +170,9 @@ class TPGMCallback(RadiusCallback):
         """Forgets the radii and the position in the held-out data."""
         super().reset_method()
         self._steps = 0  # optimizer steps seen
-        self._held_out: HeldOutBatches | None = None
-        self._held_out_state: dict[str, int] | None = None
-        self._held_out_loss: Tensor | None = None  # of the last update, until it is logged
+        self._held_out = None
+        self._held_out_state = None
+        self._held_out_loss = None  # of the last update, until it is logged
         self._skipped = torch.zeros((), dtype=torch.long)  # updates that were not finite
         self._warned = False
 
@@ -186,18 +194,18 @@ class TPGMCallback(RadiusCallback):
         weights: list[Tensor] = [parameter.detach() for parameter in self._parameters.values()]
         distances = self._measure(weights)
         largest = torch.stack([distance.amax() for distance in distances])
-        self._learned.start(torch.stack([distance.amin() for distance in distances]) / 2)
+        self._radii.start(torch.stack([distance.amin() for distance in distances]) / 2)
         due = self._steps % self.every_n_steps == 0
         self._steps += 1
         if due:
             weights = [weight.clone() for weight in weights]
         try:
             for _ in range(self.radius_steps if due else 0):
-                self._learned.clamp(largest)
+                self._radii.clamp(largest)
                 self._project(weights, distances)
                 self._update_radii(trainer, pl_module, weights, distances)
         finally:  # whatever happens, the weights are left inside the ball
-            self._learned.clamp(largest)
+            self._radii.clamp(largest)
             self._project(weights, distances)
 
     def _update_radii(
@@ -213,7 +221,7 @@ class TPGMCallback(RadiusCallback):
         if evaluated is None:
             return
         loss, grads = evaluated
-        radii = self._learned
+        radii = self._radii
         slopes = [
             radii.value.new_zeros(())
             if grad is None
@@ -227,6 +235,11 @@ class TPGMCallback(RadiusCallback):
         radii.adam(summary[1:], where=finite)
         self._held_out_loss = summary[0]
         self._skipped = self._skipped.to(finite.device) + ~finite
+
+    def _may_look(self, trainer: pl.Trainer, batch_idx: int) -> bool:
+        """Whether a value may be read from the device now: at the logging cadence, else a GPU would wait every step."""
+        every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # a connector sets it
+        return self._skipped.device.type == "cpu" or (batch_idx + 1) % every == 0
 
     def _close_held_out(self) -> None:
         if self._held_out is not None:
