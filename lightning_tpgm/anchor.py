@@ -5,21 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tpgm.selection import clean_name
+from lightning_tpgm.sharding import local, split_like
 
 Pretrained = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
 
 def capture(value: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of ``value`` of the dtype, device and memory layout of ``parameter``: the anchor of that parameter."""
-    anchor = torch.empty_like(parameter, requires_grad=False)
+    """A copy of ``value`` of the dtype, device, memory layout and sharding of ``parameter``: its anchor.
+
+    Args:
+        value: The whole tensor, or one that is split like the parameter.
+        parameter: The parameter that the anchor belongs to.
+    """
     with torch.no_grad():
-        return anchor.copy_(value)
+        anchor = torch.empty_like(parameter, requires_grad=False)
+        local(anchor).copy_(split_like(value, parameter))
+        return anchor
 
 
 def read_pretrained(pretrained: Pretrained) -> dict[str, Tensor]:
@@ -43,11 +50,15 @@ def read_pretrained(pretrained: Pretrained) -> dict[str, Tensor]:
         tensors = _read_file(Path(pretrained))
     while "state_dict" in tensors and isinstance(tensors["state_dict"], Mapping):
         tensors = tensors["state_dict"]
-    found = {clean_name(name): value.detach() for name, value in tensors.items() if isinstance(value, Tensor)}
+    found = {
+        clean_name(name): value.detach()
+        for name, value in tensors.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     if not found:
         raise ValueError(
             "`pretrained` should hold tensors by parameter name (a state dict, or a Lightning checkpoint with one under"
-            f" 'state_dict'), found the keys {list(tensors)[:5]}."
+            f" 'state_dict'), found the keys {list(tensors)[:5]}. Pass the mapping that holds the tensors."
         )
     return found
 
@@ -62,7 +73,10 @@ def _read_file(path: Path) -> Mapping[str, Any]:
             raise ModuleNotFoundError(
                 f"Reading {path.name!r} as `pretrained` needs the package safetensors: pip install safetensors."
             ) from error
-        return load_file(path)
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise ValueError(f"`pretrained` file {str(path)!r} cannot be read as safetensors: {error}.") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -80,8 +94,8 @@ def match_pretrained(
 ) -> dict[str, Tensor]:
     """The pretrained tensors under the names of the parameters that they belong to.
 
-    If no name fits as it is, one prefix is put before the pretrained names or taken from them (``model.``,
-    ``backbone.``, ``module.`` or any other): the one under which most tensors find a parameter of their name and shape.
+    The pretrained names are taken as they are, or with one prefix (``model.``, ``backbone.``, ``module.`` or any other)
+    put before or taken from all of them: whichever lets most tensors find a parameter of their name and shape.
 
     Args:
         pretrained: Tensors by name.
@@ -94,58 +108,66 @@ def match_pretrained(
     Raises:
         ValueError: If nothing matches, or two prefixes fit and neither includes the other's matches.
     """
-
-    def fits(name: str, pretrained_name: str) -> bool:
-        return pretrained[pretrained_name].shape == parameters[name].shape
-
-    matched = {name: name for name in parameters if name in pretrained}
-    if not any(fits(*pair) for pair in matched.items()):
-        # by ("put before" or "taken from", prefix): parameter name -> pretrained name
-        by_prefix: dict[tuple[str, str], dict[str, str]] = {}
-        for name in parameters:
-            for prefix, rest in _splits(name):
-                if rest in pretrained:
-                    by_prefix.setdefault(("put before", prefix), {})[name] = rest
-        for pretrained_name in pretrained:
-            for prefix, rest in _splits(pretrained_name):
-                if rest in parameters:
-                    by_prefix.setdefault(("taken from", prefix), {})[rest] = pretrained_name
-        fitting = {key: {pair for pair in names.items() if fits(*pair)} for key, names in by_prefix.items()}
-        fitting = {key: pairs for key, pairs in fitting.items() if pairs}
-        if fitting:
-            best = max(fitting, key=lambda key: len(fitting[key]))
-            side = 1 if best[0] == "put before" else 0
-            covered = {pair[side] for pair in fitting[best]}
-            rivals = [
-                key
-                for key, pairs in fitting.items()
-                if key != best and (len(pairs) == len(covered) or not {pair[side] for pair in pairs} <= covered)
-            ]
-            if rivals:
-                prefixes = ", ".join(f"{prefix!r} {how} the names" for how, prefix in [best, *rivals])
-                raise ValueError(
-                    f"`pretrained` fits the module in several ways: {prefixes}. Pass a mapping with the module's own"
-                    " parameter names."
-                )
-            matched = by_prefix[best]
-            report(f"`pretrained`: prefix {best[1]!r} was {best[0]} the pretrained names.")
-    anchors = {name: pretrained[source] for name, source in matched.items() if fits(name, source)}
-    if not anchors:
+    named = _namings(pretrained, parameters)
+    fitting = {
+        naming: {name: source for name, source in pairs.items() if pretrained[source].shape == parameters[name].shape}
+        for naming, pairs in named.items()
+    }
+    best = max(fitting, key=lambda naming: (len(fitting[naming]), not naming.prefix))
+    if not fitting[best]:
         raise ValueError(
-            "`pretrained` matches no parameter by name and shape. It holds"
-            f" {_some(pretrained)}; the parameters to constrain are {_some(parameters)}."
+            f"`pretrained` matches no parameter by name and shape. It holds {_some(pretrained)}; the parameters to"
+            f" constrain are {_some(parameters)}. Pass the weights of this module, or a mapping with its parameter"
+            " names."
         )
+    if best.prefix:
+        covered = {
+            naming: set(pairs.values() if best.how == "put before" else pairs) for naming, pairs in fitting.items()
+        }
+        ways = [naming for naming in fitting if not covered[naming] < covered[best]]  # `best` among them
+        if len(ways) > 1:
+            raise ValueError(
+                f"`pretrained` fits the module in several ways: {'; '.join(map(str, ways))}. Pass a mapping with the"
+                " module's own parameter names."
+            )
+        report(f"`pretrained` fits with {best}.")
+    anchors = {name: pretrained[fitting[best][name]] for name in parameters if name in fitting[best]}
     other_shape = [
         f"{name} {tuple(parameters[name].shape)} (pretrained {tuple(pretrained[source].shape)})"
-        for name, source in matched.items()
+        for name, source in named[best].items()
         if name not in anchors
     ]
-    missing = [name for name in parameters if name not in matched]
+    missing = [name for name in parameters if name not in named[best]]
     if other_shape:
         report(f"`pretrained` has another shape, not constrained: {', '.join(other_shape)}.")
     if missing:
         report(f"`pretrained` lacks, not constrained: {', '.join(missing)}.")
     return anchors
+
+
+class _Naming(NamedTuple):
+    """How pretrained names become those of parameters; the empty prefix leaves them as they are."""
+
+    how: Literal["put before", "taken from"]
+    prefix: str
+
+    def __str__(self) -> str:
+        return f"prefix {self.prefix!r} {self.how} its names" if self.prefix else "its names as they are"
+
+
+def _namings(pretrained: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[_Naming, dict[str, str]]:
+    """Every way of naming that gives any parameter a pretrained tensor: parameter name -> pretrained name."""
+    as_they_are = _Naming("put before", "")
+    named = {as_they_are: {name: name for name in parameters if name in pretrained}}
+    for name in parameters:
+        for prefix, rest in _splits(name):
+            if rest in pretrained:
+                named.setdefault(_Naming("put before", prefix), {})[name] = rest
+    for source in pretrained:
+        for prefix, rest in _splits(source):
+            if rest in parameters:
+                named.setdefault(_Naming("taken from", prefix), {})[rest] = source
+    return named
 
 
 def _splits(name: str) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_tpgm.heldout import HeldOutBatch
+from lightning_tpgm.sharding import is_fsdp2
 
 Loss = Literal["validation_step"] | Callable[[pl.LightningModule, Any], Tensor] | None
 
@@ -65,12 +66,12 @@ class HeldOutLoss:
         pl_module: pl.LightningModule,
         drawn: HeldOutBatch,
         parameters: Sequence[nn.Parameter],
-    ) -> tuple[Tensor, list[Tensor | None]] | None:
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Evaluate.
 
         Returns:
             The loss (a scalar tensor without graph) and dLoss/dW of each parameter, None where the loss does not depend
-            on it. Or None if ``training_step`` returned None ("skip this batch").
+            on it. If ``training_step`` returned None ("skip this batch"), all of them are None.
 
         Raises:
             MisconfigurationException: If what came back is no scalar loss, or has no gradient.
@@ -78,8 +79,9 @@ class HeldOutLoss:
         with torch.inference_mode(False), torch.enable_grad(), _trainable(parameters):
             loss = self._value(trainer, pl_module, drawn)
             if loss is None:
-                return None
+                return None, [None for _ in parameters]
             scale = _loss_scale(trainer, loss)
+            self._by_backward |= any(is_fsdp2(module) for module in pl_module.modules())
             grads = None if self._by_backward else _gradients(loss * scale, parameters)
             if grads is None:
                 if not self._by_backward:  # the failed attempt has freed part of the graph

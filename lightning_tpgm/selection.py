@@ -16,7 +16,7 @@ def clean_name(name: str) -> str:
     >>> clean_name("model._orig_mod.conv.weight")
     'model.conv.weight'
     """
-    return name.replace("_orig_mod.", "")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def constrainable(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:

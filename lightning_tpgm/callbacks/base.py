@@ -18,10 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained, capture, match_pretrained, read_pretrained
-from lightning_tpgm.norms import NORMS, Norm, deviation, row_distance
-from lightning_tpgm.projection import project, ratio
-from lightning_tpgm.radii import Radii
+from lightning_tpgm.norms import Norm
 from lightning_tpgm.selection import constrainable
+from lightning_tpgm.sharding import Sharding, full, is_split, local, local_gradient, reshard
 
 
 @contextmanager
@@ -55,6 +54,8 @@ class AnchoredCallback(pl.Callback):
         pretrained: Where the anchors come from: a file, a mapping, a module; None: the weights at the start of the fit.
     """
 
+    norm: Norm = "l2"
+
     def __init__(self, exclude: Sequence[str] = (), pretrained: Pretrained | None = None) -> None:
         patterns: object = exclude
         usable = isinstance(patterns, Sequence) and not isinstance(patterns, str)
@@ -68,6 +69,7 @@ class AnchoredCallback(pl.Callback):
         self._waiting: dict[str, nn.Parameter] = {}  # frozen yet
         self._pretrained: dict[str, Tensor] | None = None  # what `pretrained` holds for those not constrained yet
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the fit starts
+        self._sharding = Sharding([], self.norm)
         self._handles: list[RemovableHandle] = []
 
     # ---- what a method adds
@@ -100,34 +102,7 @@ class AnchoredCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Captures or restores the anchors: the first moment at which all strategies have loaded all weights."""
-        self._stop_listening()
-        with configuration_errors():
-            candidates = constrainable(pl_module, self.exclude)
-        state, self._loaded = self._loaded, None
-        if state is not None:
-            self._anchor = self._verified(state["anchor"], candidates)
-        elif trainer.fit_loop.total_batch_idx < 0:  # no batch was ever trained on: a fresh run
-            self._anchor = {}
-            self.reset_method()
-        elif trainer.ckpt_path is not None:  # else the same trainer goes on, and everything is still here
-            self._anchor = {}
-            self.reset_method()
-            if self.pretrained is None:
-                raise MisconfigurationException(
-                    f"The checkpoint {str(trainer.ckpt_path)!r} has no state of this {type(self).__name__} (key"
-                    f" {self.state_key!r}), so the pretrained weights are not known any more. Pass them as"
-                    " `pretrained`, for instance the checkpoint that the first run started from."
-                )
-        self._parameters = {name: candidates[name] for name in self._anchor}
-        self._anchor = {name: capture(anchor, candidates[name]) for name, anchor in self._anchor.items()}
-        self._waiting = {name: p for name, p in candidates.items() if name not in self._anchor}
-        if self._pretrained is not None and self._waiting:
-            self._pretrained = self._matched(self._pretrained)
-            self._waiting = {name: self._waiting[name] for name in self._pretrained}
-        if state is not None:
-            self.load_method_state(state["method"])
-        self._join()
-        self._check_something_to_do(trainer, pl_module)
+        self._begin(trainer, pl_module)
         self._listen(trainer, pl_module)
 
     @override
@@ -153,7 +128,7 @@ class AnchoredCallback(pl.Callback):
         """Lets go of the parameters and of device memory; anchors stay, on the CPU, for a later `save_checkpoint`."""
         if stage == "fit":
             self._stop_listening()
-            self._anchor = {name: anchor.cpu() for name, anchor in self._anchor.items()}
+            self._anchor = {n: anchor if is_split(anchor) else anchor.cpu() for n, anchor in self._anchor.items()}
             self._parameters, self._waiting, self._pretrained = {}, {}, None
 
     @property
@@ -169,7 +144,8 @@ class AnchoredCallback(pl.Callback):
             return self._loaded
         if not self._anchor:
             return {}
-        return {"anchor": {name: anchor.cpu() for name, anchor in self._anchor.items()}, "method": self.method_state()}
+        anchor = {name: full(anchor).cpu() for name, anchor in self._anchor.items()}
+        return {"anchor": anchor, "method": self.method_state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -177,6 +153,37 @@ class AnchoredCallback(pl.Callback):
         self._loaded = state_dict or None
 
     # ---- shared steps
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the constrained parameters of this fit, their anchors, and what was learned before."""
+        self._stop_listening()
+        reshard(pl_module)
+        with configuration_errors():
+            candidates = constrainable(pl_module, self.exclude)
+        state, self._loaded = self._loaded, None
+        if state is not None:
+            self._anchor = self._verified(state["anchor"], candidates)
+        elif trainer.fit_loop.total_batch_idx < 0 or trainer.ckpt_path is not None:
+            self._anchor = {}
+            self.reset_method()
+            if trainer.fit_loop.total_batch_idx >= 0 and self.pretrained is None:
+                raise MisconfigurationException(
+                    f"The checkpoint {str(trainer.ckpt_path)!r} has no state of this {type(self).__name__} (key"
+                    f" {self.state_key!r}), so the pretrained weights are not known any more. Pass them as"
+                    " `pretrained`, for instance the checkpoint that the first run started from."
+                )
+        # else the same trainer goes on with the fit, and everything is still here
+        self._parameters = {name: candidates[name] for name in self._anchor}
+        self._anchor = {name: capture(anchor, candidates[name]) for name, anchor in self._anchor.items()}
+        self._waiting = {name: p for name, p in candidates.items() if name not in self._anchor}
+        if self._pretrained is not None:
+            with configuration_errors():
+                self._pretrained = match_pretrained(self._pretrained, candidates, self._report)
+            self._waiting = {name: p for name, p in self._waiting.items() if name in self._pretrained}
+        if state is not None:
+            self.load_method_state(state["method"])
+        self._join()
+        self._check_something_to_do(trainer, pl_module)
 
     def _verified(self, anchor: dict[str, Tensor], candidates: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """A checkpoint's anchors, if they are those of the present module."""
@@ -189,20 +196,13 @@ class AnchoredCallback(pl.Callback):
                 )
         return anchor
 
-    def _matched(self, pretrained: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The pretrained values of the waiting parameters, by their names."""
-
-        def report(text: str) -> None:
-            rank_zero_info(f"{type(self).__name__}: {text}")
-
-        if self._anchor:  # resumed: these are the few that join later, and they may all lack a pretrained value
-            return {name: value for name, value in pretrained.items() if name in self._waiting}
-        with configuration_errors():
-            return match_pretrained(pretrained, self._waiting, report)
+    def _report(self, text: str) -> None:
+        rank_zero_info(f"{type(self).__name__}: {text}")
 
     def _check_something_to_do(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        may_join = bool(self._waiting) and any(isinstance(c, BaseFinetuning) for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if not self._parameters and not may_join:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+        unfreezes = any(isinstance(callback, BaseFinetuning) for callback in callbacks)
+        if not self._parameters and not (self._waiting and unfreezes):
             raise MisconfigurationException(
                 f"{type(self).__name__} has nothing to constrain: of {len(list(pl_module.parameters()))} parameters"
                 f" {len(self._waiting)} remain after `exclude` = {list(self.exclude)}, and none of them is trainable."
@@ -216,8 +216,23 @@ class AnchoredCallback(pl.Callback):
             value = parameter if self._pretrained is None else self._pretrained.pop(name)
             self._anchor[name] = capture(value, parameter)
             self._parameters[name] = self._waiting.pop(name)
+        self._sharding = Sharding(list(self._parameters.values()), self.norm)
         if new:
             self.joined(list(new))
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        """This process's parts of the constrained parameters: in-place changes reach the module."""
+        return [local(parameter.detach()) for parameter in self._parameters.values()]
+
+    @property
+    def _anchors(self) -> list[Tensor]:
+        """This process's parts of the anchors, in the order of `_weights`."""
+        return [local(anchor) for anchor in self._anchor.values()]
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """This process's part of a parameter's ``.grad``."""
+        return None if parameter.grad is None else local_gradient(parameter.grad, parameter)
 
     def _listen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -231,80 +246,3 @@ class AnchoredCallback(pl.Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-class RadiusCallback(AnchoredCallback):
-    """Base of the methods that learn a radius per tensor and keep each weight inside its ball.
-
-    Args:
-        radius_lr: Adam learning rate of the radii.
-        norm: ``"mars"`` or ``"l2"``.
-        exclude: See `AnchoredCallback`.
-        pretrained: See `AnchoredCallback`.
-    """
-
-    def __init__(
-        self, radius_lr: float, norm: Norm, exclude: Sequence[str] = (), pretrained: Pretrained | None = None
-    ) -> None:
-        check(is_number(radius_lr) and radius_lr > 0, "radius_lr", "a positive number", radius_lr)
-        check(norm in NORMS, "norm", f"one of {', '.join(map(repr, NORMS))}", norm)
-        super().__init__(exclude, pretrained)
-        self.radius_lr = radius_lr
-        self.norm: Norm = norm
-        self.reset_method()
-
-    @property
-    def radii(self) -> dict[str, float]:
-        """The radius of each constrained parameter, by name; empty before the first fit."""
-        return self._radii.as_dict()
-
-    @property
-    def distances(self) -> dict[str, float]:
-        """The largest row distance of each constrained parameter after the last projection, by name."""
-        return dict(zip(self._radii.names, self._distances.tolist(), strict=True))
-
-    @override
-    def reset_method(self) -> None:
-        """Forgets the radii."""
-        self._radii = Radii(self.radius_lr)
-        self._distances = self._mean_ratio = torch.empty(0)
-
-    @override
-    def joined(self, names: list[str]) -> None:
-        """Gives each new parameter a radius."""
-        self._place_radii()
-        self._radii.add(names)
-        self._distances = torch.cat([self._distances, self._distances.new_zeros(len(names))])
-
-    @override
-    def method_state(self) -> dict[str, Any]:
-        """Radii, their Adam state, and the last distances."""
-        return {"radii": self._radii.state_dict(), "distances": self._distances.cpu()}
-
-    @override
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Takes over radii and Adam state."""
-        self._radii.load_state_dict(state["radii"])
-        self._distances = state["distances"]
-        self._place_radii()
-
-    def _place_radii(self) -> None:
-        parameters = list(self._parameters.values())
-        double = any(parameter.dtype == torch.float64 for parameter in parameters)
-        self._radii.to(parameters[0].device, torch.float64 if double else torch.float32)
-        self._distances = self._distances.to(self._radii.value)
-
-    def _measure(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The row distances of each constrained tensor, in the radii's dtype."""
-        dtype = self._radii.value.dtype
-        pairs = zip(weights, self._anchor.values(), strict=True)
-        return [row_distance(deviation(weight, anchor), self.norm).to(dtype) for weight, anchor in pairs]
-
-    def _project(self, weights: Sequence[Tensor], distances: Sequence[Tensor]) -> None:
-        """Write the projections of these weights into the parameters."""
-        radii = self._radii.value.unbind()
-        ratios = [ratio(radius, distance) for radius, distance in zip(radii, distances, strict=True)]
-        for p, weight, anchor, r in zip(self._parameters.values(), weights, self._anchor.values(), ratios, strict=True):
-            p.copy_(project(weight, anchor, r))
-        self._distances = torch.stack([(r * n).amax() for r, n in zip(ratios, distances, strict=True)])
-        self._mean_ratio = torch.stack([r.mean() for r in ratios]).mean()

@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained
-from lightning_tpgm.callbacks.base import RadiusCallback, check
+from lightning_tpgm.callbacks.base import check
+from lightning_tpgm.callbacks.radius import RadiusCallback
 from lightning_tpgm.evaluation import HeldOutLoss, Loss, no_trace
 from lightning_tpgm.heldout import HeldOutBatches, has_default_loaders, held_out_batches
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.projection import radius_gradient
+from lightning_tpgm.sharding import local_gradient
 
 
 class TPGMCallback(RadiusCallback):
@@ -191,10 +193,9 @@ class TPGMCallback(RadiusCallback):
     @override
     def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Updates the radii if that is due and projects the weights."""
-        weights: list[Tensor] = [parameter.detach() for parameter in self._parameters.values()]
-        distances = self._measure(weights)
-        largest = torch.stack([distance.amax() for distance in distances])
-        self._radii.start(torch.stack([distance.amin() for distance in distances]) / 2)
+        weights = self._weights
+        distances, largest = self._measure(weights)
+        self._radii.start(self._sharding.smallest(distances) / 2)
         due = self._steps % self.every_n_steps == 0
         self._steps += 1
         if due:
@@ -202,37 +203,41 @@ class TPGMCallback(RadiusCallback):
         try:
             for _ in range(self.radius_steps if due else 0):
                 self._radii.clamp(largest)
-                self._project(weights, distances)
+                self._project(pl_module, weights, distances)
                 self._update_radii(trainer, pl_module, weights, distances)
         finally:  # whatever happens, the weights are left inside the ball
             self._radii.clamp(largest)
-            self._project(weights, distances)
+            self._project(pl_module, weights, distances)
+            self._projected(largest)
 
     def _update_radii(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: list[Tensor], distances: list[Tensor]
     ) -> None:
         """One Adam step on the radii; the parameters hold the projections of ``weights``."""
+        parameters = list(self._parameters.values())
         with no_trace(trainer, pl_module):
             if self._held_out is None:
                 self._held_out = held_out_batches(trainer, pl_module, self.dataloader)
                 if self._held_out_state is not None:
                     self._held_out.load_state_dict(self._held_out_state)
-            evaluated = self._evaluate(trainer, pl_module, self._held_out.draw(), list(self._parameters.values()))
-        if evaluated is None:
-            return
-        loss, grads = evaluated
-        radii = self._radii
+            loss, grads = self._evaluate(trainer, pl_module, self._held_out.draw(), parameters)
+        if loss is None and trainer.world_size == 1:
+            return  # "skip this batch"; several processes must go on together: not a number skips it on all of them
+        radii = self._radii.value
+        terms = zip(parameters, grads, weights, self._anchors, distances, radii.unbind(), strict=True)
         slopes = [
-            radii.value.new_zeros(())
+            radii.new_zeros(())
             if grad is None
-            else radius_gradient(grad, weight, anchor, distance, radius, self.norm).to(radii.value)
-            for grad, weight, anchor, distance, radius in zip(
-                grads, weights, self._anchor.values(), distances, radii.value.unbind(), strict=True
-            )
+            else radius_gradient(local_gradient(grad, parameter), weight, anchor, distance, radius, self.norm).to(radii)
+            for parameter, grad, weight, anchor, distance, radius in terms
         ]
-        summary = trainer.strategy.reduce(torch.stack([loss.to(radii.value), *slopes]), reduce_op="mean")
+        value = radii.new_full((1,), torch.nan) if loss is None else loss.to(radii).reshape(1)
+        used = torch.stack([radii.new_full((), grad is not None) for grad in grads])
+        summary = torch.cat([value, self._sharding.total(torch.stack(slopes)), used])
+        summary = trainer.strategy.reduce(summary, reduce_op="mean")
+        slope, used = summary[1:].chunk(2)
         finite = summary.isfinite().all()
-        radii.adam(summary[1:], where=finite)
+        self._radii.adam(slope, where=finite & (used > 0))
         self._held_out_loss = summary[0]
         self._skipped = self._skipped.to(finite.device) + ~finite
 

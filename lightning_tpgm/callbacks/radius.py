@@ -1,0 +1,99 @@
+"""What the methods with a learned radius per tensor share: the ball around the anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_tpgm.anchor import Pretrained
+from lightning_tpgm.callbacks.base import AnchoredCallback, check, is_number
+from lightning_tpgm.norms import NORMS, Norm, deviation, row_distance
+from lightning_tpgm.projection import project, ratio
+from lightning_tpgm.radii import Radii
+from lightning_tpgm.sharding import reshard
+
+
+class RadiusCallback(AnchoredCallback):
+    """Base of the methods that learn a radius per tensor and keep each weight inside its ball.
+
+    Args:
+        radius_lr: Adam learning rate of the radii.
+        norm: ``"mars"`` or ``"l2"``.
+        exclude: See `AnchoredCallback`.
+        pretrained: See `AnchoredCallback`.
+    """
+
+    def __init__(
+        self, radius_lr: float, norm: Norm, exclude: Sequence[str] = (), pretrained: Pretrained | None = None
+    ) -> None:
+        check(is_number(radius_lr) and radius_lr > 0, "radius_lr", "a positive number", radius_lr)
+        check(norm in NORMS, "norm", f"one of {', '.join(map(repr, NORMS))}", norm)
+        super().__init__(exclude, pretrained)
+        self.radius_lr = radius_lr
+        self.norm = norm
+        self.reset_method()
+
+    @property
+    def radii(self) -> dict[str, float]:
+        """The radius of each constrained parameter, by name; empty before the first fit."""
+        return self._radii.as_dict()
+
+    @property
+    def distances(self) -> dict[str, float]:
+        """The largest row distance of each constrained parameter after the last projection, by name."""
+        return dict(zip(self._radii.names, self._distances.tolist(), strict=True))
+
+    @override
+    def reset_method(self) -> None:
+        """Forgets the radii."""
+        self._radii = Radii(self.radius_lr)
+        self._distances = self._mean_ratio = torch.empty(0)
+
+    @override
+    def joined(self, names: list[str]) -> None:
+        """Gives each new parameter a radius."""
+        self._place_radii()
+        self._radii.add(names)
+        self._distances = torch.cat([self._distances, self._distances.new_zeros(len(names))])
+
+    @override
+    def method_state(self) -> dict[str, Any]:
+        """Radii, their Adam state, and the last distances."""
+        return {"radii": self._radii.state_dict(), "distances": self._distances.cpu()}
+
+    @override
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Takes over radii and Adam state."""
+        self._radii.load_state_dict(state["radii"])
+        self._distances = state["distances"]
+        self._place_radii()
+
+    def _place_radii(self) -> None:
+        parameters = list(self._parameters.values())
+        double = any(parameter.dtype == torch.float64 for parameter in parameters)
+        self._radii.to(parameters[0].device, torch.float64 if double else torch.float32)
+        self._distances = self._distances.to(self._radii.value)
+
+    def _measure(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The row distances of each constrained tensor (of its local part) and the largest of each."""
+        dtype = self._radii.value.dtype
+        pairs = zip(weights, self._anchors, strict=True)
+        parts = [row_distance(deviation(weight, anchor), self.norm).to(dtype) for weight, anchor in pairs]
+        distances = self._sharding.distances(parts)
+        return distances, self._sharding.largest(distances)
+
+    def _project(self, pl_module: nn.Module, weights: Sequence[Tensor], distances: Sequence[Tensor]) -> None:
+        """Write the projections of these weights into the parameters."""
+        reshard(pl_module)
+        parts = zip(self._weights, weights, self._anchors, self._radii.value.unbind(), distances, strict=True)
+        for parameter, weight, anchor, radius, distance in parts:
+            parameter.copy_(project(weight, anchor, ratio(radius, distance)))
+
+    def _projected(self, largest: Tensor) -> None:
+        """Note the largest distances after a projection, from those before it."""
+        ratios = ratio(self._radii.value, largest)  # of each tensor's farthest row
+        self._distances, self._mean_ratio = ratios * largest, ratios.mean()

@@ -1,0 +1,125 @@
+"""Tensors that are split over processes (FSDP2, tensor parallel): what each process computes, and what must be summed.
+
+Every process works on its own part of a tensor. Distances need a sum over processes only where a row is split, maxima
+and inner products wherever the tensor is. All values of one kind travel in one flat vector per group of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_tpgm.norms import Norm, row_dims
+
+try:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Replicate
+except ImportError:  # before torch 2.6
+    from torch.distributed._composable.fsdp import FSDPModule  # type: ignore[attr-defined]
+    from torch.distributed._tensor import DTensor, Replicate  # type: ignore[attr-defined]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory; a tensor that is not split is its own part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether a tensor is split over, or kept in step by, several processes."""
+    return isinstance(tensor, DTensor)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor on every process. Collective: every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(grad: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a gradient, split like its parameter."""
+    if isinstance(grad, DTensor) and isinstance(parameter, DTensor):
+        grad = grad.redistribute(placements=parameter.placements)
+    return local(grad)
+
+
+def split_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a whole tensor that is to be split like a parameter; no communication."""
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
+        return local(value)
+    mesh = parameter.device_mesh
+    whole = DTensor.from_local(value.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return local(whole.redistribute(placements=parameter.placements))
+
+
+def reshard(module: nn.Module) -> None:
+    """Make FSDP2 modules let go of gathered weights, which would hide a change of the sharded ones."""
+    for part in module.modules():
+        if is_fsdp2(part):
+            part.reshard()  # type: ignore[operator]  # an FSDPModule has it
+
+
+def is_fsdp2(module: nn.Module) -> bool:
+    """Whether FSDP2's ``fully_shard`` was applied to the module itself."""
+    return isinstance(module, FSDPModule)
+
+
+class Sharding:
+    """How constrained tensors are split over processes, and the sums that this asks for.
+
+    Args:
+        parameters: The constrained parameters.
+        norm: Says what a row is.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], norm: Norm) -> None:
+        self._norm = norm
+        # for each group of processes the indices of the tensors split over it: all of them, and those whose rows are
+        split: dict[dist.ProcessGroup, list[int]] = {}
+        self._rows_split: dict[dist.ProcessGroup, list[int]] = {}
+        for index, parameter in enumerate(parameters):
+            if not isinstance(parameter, DTensor):
+                continue
+            for mesh_dim, placement in enumerate(parameter.placements):
+                if not placement.is_replicate():
+                    group = parameter.device_mesh.get_group(mesh_dim)
+                    split.setdefault(group, []).append(index)
+                    if any(placement.is_shard(dim) for dim in row_dims(parameter.ndim, norm)):
+                        self._rows_split.setdefault(group, []).append(index)
+        self._split = {
+            group: torch.tensor(indices, device=local(parameters[indices[0]]).device)
+            for group, indices in split.items()
+        }
+
+    def distances(self, distances: list[Tensor]) -> list[Tensor]:
+        """The distances of whole rows from those of their parts."""
+        power = 1 if self._norm == "mars" else 2
+        for group, indices in self._rows_split.items():
+            parts = torch.cat([distances[i].flatten() ** power for i in indices])
+            dist.all_reduce(parts, group=group)
+            wholes = torch.split(parts ** (1 / power), [distances[i].numel() for i in indices])
+            for i, whole in zip(indices, wholes, strict=True):
+                distances[i] = whole.reshape(distances[i].shape)
+        return distances
+
+    def largest(self, values: Sequence[Tensor]) -> Tensor:
+        """The largest value of each tensor, shape (T,)."""
+        parts = [value.amax() if value.numel() else value.new_zeros(()) for value in values]
+        return self._reduce(torch.stack(parts), dist.ReduceOp.MAX)
+
+    def smallest(self, values: Sequence[Tensor]) -> Tensor:
+        """The smallest value of each tensor, shape (T,)."""
+        parts = [value.amin() if value.numel() else value.new_full((), float("inf")) for value in values]
+        return self._reduce(torch.stack(parts), dist.ReduceOp.MIN)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the processes that hold parts of each tensor, shape (T,)."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def _reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        for group, indices in self._split.items():
+            part = values[indices]
+            dist.all_reduce(part, op=op, group=group)
+            values = values.index_copy(0, indices, part)
+        return values
