@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_tpgm.selection import clean_name
 from lightning_tpgm.sharding import local, split_like
@@ -43,13 +44,15 @@ def read_pretrained(pretrained: Pretrained) -> dict[str, Tensor]:
     """
     if isinstance(pretrained, nn.Module):
         # not state_dict(): a module may rename or leave out entries there
-        tensors: Mapping[str, Any] = dict(pretrained.named_parameters(remove_duplicate=False))
+        tensors: Mapping[str, Any] = {
+            **dict(pretrained.named_buffers(remove_duplicate=False)),
+            **dict(pretrained.named_parameters(remove_duplicate=False)),
+        }
     elif isinstance(pretrained, Mapping):
         tensors = pretrained
     else:
-        tensors = _read_file(Path(pretrained))
-    while "state_dict" in tensors and isinstance(tensors["state_dict"], Mapping):
-        tensors = tensors["state_dict"]
+        tensors = read_file(Path(pretrained))
+    tensors = state_dict_in(tensors)
     found = {
         clean_name(name): value.detach()
         for name, value in tensors.items()
@@ -63,7 +66,21 @@ def read_pretrained(pretrained: Pretrained) -> dict[str, Tensor]:
     return found
 
 
-def _read_file(path: Path) -> Mapping[str, Any]:
+def state_dict_in(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict in a Lightning checkpoint; anything else is one itself."""
+    while isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    return content
+
+
+def read_file(path: Path) -> Mapping[str, Any]:
+    """The content of a checkpoint or ``.safetensors`` file, on the CPU; nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it needs code to be read, or holds no mapping.
+        ModuleNotFoundError: If a ``.safetensors`` file is given and the package safetensors is not installed.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"`pretrained` should be an existing file, found {str(path)!r}.")
     if path.suffix == ".safetensors":
@@ -92,7 +109,14 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 def match_pretrained(
     pretrained: Mapping[str, Tensor], parameters: Mapping[str, Tensor], report: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """The pretrained tensors under the names of the parameters that they belong to.
+    """The pretrained tensors under the names of the parameters that they belong to, see `match_names`."""
+    return {name: pretrained[source] for name, source in match_names(pretrained, parameters, report).items()}
+
+
+def match_names(
+    pretrained: Mapping[str, Tensor], parameters: Mapping[str, Tensor], report: Callable[[str], None]
+) -> dict[str, str]:
+    """Which pretrained tensor belongs to which parameter.
 
     The pretrained names are taken as they are, or with one prefix (``model.``, ``backbone.``, ``module.`` or any other)
     put before or taken from all of them: whichever lets most tensors find a parameter of their name and shape.
@@ -103,7 +127,7 @@ def match_pretrained(
         report: Told in a sentence each: which prefix was used, which parameters have no anchor and why.
 
     Returns:
-        The pretrained tensor of each parameter that has one of its shape. The others are not constrained.
+        The pretrained name of each parameter that has a pretrained tensor of its shape. The others are not constrained.
 
     Raises:
         ValueError: If nothing matches, or two prefixes fit and neither includes the other's matches.
@@ -131,18 +155,18 @@ def match_pretrained(
                 " module's own parameter names."
             )
         report(f"`pretrained` fits with {best}.")
-    anchors = {name: pretrained[fitting[best][name]] for name in parameters if name in fitting[best]}
+    matched = {name: fitting[best][name] for name in parameters if name in fitting[best]}
     other_shape = [
         f"{name} {tuple(parameters[name].shape)} (pretrained {tuple(pretrained[source].shape)})"
         for name, source in named[best].items()
-        if name not in anchors
+        if name not in matched
     ]
     missing = [name for name in parameters if name not in named[best]]
     if other_shape:
         report(f"`pretrained` has another shape, not constrained: {', '.join(other_shape)}.")
     if missing:
         report(f"`pretrained` lacks, not constrained: {', '.join(missing)}.")
-    return anchors
+    return matched
 
 
 class _Naming(NamedTuple):
@@ -151,6 +175,7 @@ class _Naming(NamedTuple):
     how: Literal["put before", "taken from"]
     prefix: str
 
+    @override
     def __str__(self) -> str:
         return f"prefix {self.prefix!r} {self.how} its names" if self.prefix else "its names as they are"
 

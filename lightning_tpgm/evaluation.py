@@ -65,7 +65,7 @@ class HeldOutLoss:
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         drawn: HeldOutBatch,
-        parameters: Sequence[nn.Parameter],
+        parameters: Sequence[Tensor],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Evaluate.
 
@@ -126,7 +126,7 @@ def _loss_scale(trainer: pl.Trainer, loss: Tensor) -> Tensor:
 
 
 @contextmanager
-def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
     """All parameters require a gradient, also those that a toggled optimizer has switched off."""
     switched_off = [parameter for parameter in parameters if not parameter.requires_grad]
     try:

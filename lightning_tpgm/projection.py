@@ -41,7 +41,7 @@ def project(weight: Tensor, anchor: Tensor, ratio: Tensor) -> Tensor:
     Args:
         weight: W, any shape and floating dtype.
         anchor: W0, same shape and dtype.
-        ratio: r, broadcastable against W.
+        ratio: r, broadcastable against W, float32 or float64.
 
     Returns:
         The projected weight, same shape and dtype as ``weight``.
@@ -51,7 +51,8 @@ def project(weight: Tensor, anchor: Tensor, ratio: Tensor) -> Tensor:
     >>> project(torch.tensor([3.0, 4.0]), torch.zeros(2), torch.tensor([0.5])).tolist()
     [1.5, 2.0]
     """
-    return anchor.to(ratio.dtype).lerp(weight.to(ratio.dtype), ratio).to(weight.dtype)
+    dtype = torch.promote_types(weight.dtype, ratio.dtype)
+    return anchor.to(dtype).lerp(weight.to(dtype), ratio.to(dtype)).to(weight.dtype)
 
 
 def radius_gradient(

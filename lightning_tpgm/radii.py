@@ -1,4 +1,4 @@
-"""The learned radii: one scalar per constrained tensor, held as one vector, and the Adam that moves it."""
+"""One learned scalar per constrained tensor, a radius for instance, held as one vector with the Adam that moves it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_tpgm.projection import legal_radius
 
 
-class Radii:
-    """Values and Adam state of all radii, as vectors of one entry per constrained tensor.
+class LearnedScalars:
+    """Values and Adam state, as vectors of one entry per constrained tensor.
 
-    The Adam update equals `torch.optim.Adam` (a test holds them together). It is written out because each radius counts
+    The Adam update equals `torch.optim.Adam` (a test holds them together). It is written out because each scalar counts
     its own updates (tensors may join during training), and because an update must be skippable by a condition that
     lives on the device: reading it back would stall a GPU on every step.
 
@@ -37,13 +37,13 @@ class Radii:
         self.names: list[str] = []
         self.value = self.exp_avg = self.exp_avg_sq = self.step = torch.empty(0)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the vectors; the dtype should be float32 or float64."""
+    def to(self, like: Tensor) -> None:
+        """Give the vectors the device and dtype (float32 or float64) of another tensor."""
         for name in self._VECTORS:
-            setattr(self, name, getattr(self, name).to(device, dtype))
+            setattr(self, name, getattr(self, name).to(like))
 
     def add(self, names: Sequence[str]) -> None:
-        """Let tensors join; their radii are not a number until `start` gives them one."""
+        """Let tensors join; their scalars are not a number until `start` gives them one."""
         self.names += names
         new = self.value.new_zeros(len(names))
         self.value = torch.cat([self.value, torch.full_like(new, torch.nan)])
@@ -52,18 +52,14 @@ class Radii:
         )
 
     def start(self, value: Tensor) -> None:
-        """Give every radius that has no value yet this one, shape (T,)."""
+        """Give every scalar that has no value yet this one, shape (T,) or ()."""
         self.value = torch.where(self.value.isnan(), value, self.value)
 
-    def clamp(self, largest: Tensor) -> None:
-        """Make every radius legal: [1e-8, largest row distance], see `lightning_tpgm.projection.legal_radius`."""
-        self.value = legal_radius(self.value, largest)
-
     def adam(self, grad: Tensor, where: Tensor) -> None:
-        """One Adam step on the radii at which ``where`` is true; the others keep value and state to the bit.
+        """One Adam step on the scalars at which ``where`` is true; the others keep value and state to the bit.
 
         Args:
-            grad: dLoss/dgamma, shape (T,).
+            grad: The derivative of the loss, shape (T,).
             where: Booleans, shape (T,) or ().
 
         Source: Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorithm 1.
@@ -80,7 +76,7 @@ class Radii:
             setattr(self, name, torch.where(where, new, getattr(self, name)))
 
     def as_dict(self) -> dict[str, float]:
-        """The radii by parameter name; waits for the device."""
+        """The scalars by parameter name; waits for the device."""
         return dict(zip(self.names, self.value.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,3 +88,11 @@ class Radii:
         self.names = list(state["names"])
         for name in self._VECTORS:
             setattr(self, name, state[name])
+
+
+class Radii(LearnedScalars):
+    """The radii of all constrained tensors."""
+
+    def clamp(self, largest: Tensor) -> None:
+        """Make every radius legal: [1e-8, largest row distance], see `lightning_tpgm.projection.legal_radius`."""
+        self.value = legal_radius(self.value, largest)

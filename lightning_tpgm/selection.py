@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 
@@ -19,7 +19,7 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def constrainable(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+def constrainable(module: nn.Module, exclude: Sequence[str] = (), buffers: bool = False) -> dict[str, Tensor]:
     """The parameters that a constraint may act on, frozen ones included, by name.
 
     A parameter counts once, under its first name, if several modules share it; a pattern that matches any of its names
@@ -27,22 +27,28 @@ def constrainable(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str, n
 
     Args:
         module: The module whose parameters are meant.
-        exclude: fnmatch patterns (``*``, ``?``, ``[...]``, case-sensitive) over parameter names.
+        exclude: fnmatch patterns (``*``, ``?``, ``[...]``, case-sensitive) over parameter names. What `torch.compile`
+            adds to names may be in them or not.
+        buffers: Whether buffers are meant too.
 
     Raises:
         ValueError: If a pattern matches no parameter, with the closest names; or if a parameter has no shape yet.
     """
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(clean_name(name))
+    names: dict[Tensor, list[str]] = {}
+    named: list[tuple[str, Tensor]] = list(module.named_parameters(remove_duplicate=False))
+    if buffers:
+        named += module.named_buffers(remove_duplicate=False)
+    for name, tensor in named:
+        names.setdefault(tensor, []).append(clean_name(name))
     known = [name for aliases in names.values() for name in aliases]
-    for pattern in exclude:
+    patterns = [clean_name(pattern) for pattern in exclude]
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
             raise ValueError(f"`exclude` pattern {pattern!r} matches no parameter. {_closest(pattern, known)}")
 
-    selected = {}
+    selected: dict[str, Tensor] = {}
     for parameter, aliases in names.items():
-        if any(fnmatchcase(name, pattern) for name in aliases for pattern in exclude):
+        if any(fnmatchcase(name, pattern) for name in aliases for pattern in patterns):
             continue
         if is_lazy(parameter):
             raise ValueError(
@@ -56,5 +62,7 @@ def constrainable(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str, n
 
 def _closest(pattern: str, names: list[str]) -> str:
     stem = pattern.rstrip("*").rstrip(".")
+    if not names:
+        return "The module has none."
     close = [name for name in names if stem and stem in name] or difflib.get_close_matches(pattern, names, cutoff=0.4)
     return f"The closest names are {', '.join(map(repr, (close or names)[:5]))}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained, capture, match_pretrained, read_pretrained
 from lightning_tpgm.norms import Norm
+from lightning_tpgm.projection import row_dot
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import Sharding, full, is_split, local, local_gradient, reshard
 
@@ -55,6 +56,8 @@ class AnchoredCallback(pl.Callback):
     """
 
     norm: Norm = "l2"
+    _constrains_buffers = False  # parameters only
+    _SHOWN: tuple[str, ...] = ("exclude",)  # the arguments in `repr`
 
     def __init__(self, exclude: Sequence[str] = (), pretrained: Pretrained | None = None) -> None:
         patterns: object = exclude
@@ -64,13 +67,23 @@ class AnchoredCallback(pl.Callback):
         check(accepted, "pretrained", "a path, a mapping of tensors by name, a module or None", pretrained)
         self.exclude = tuple(exclude)
         self.pretrained = pretrained
-        self._parameters: dict[str, nn.Parameter] = {}  # constrained now
+        self._parameters: dict[str, Tensor] = {}  # constrained now
         self._anchor: dict[str, Tensor] = {}  # of these, by the same names
-        self._waiting: dict[str, nn.Parameter] = {}  # frozen yet
+        self._waiting: dict[str, Tensor] = {}  # frozen yet
         self._pretrained: dict[str, Tensor] | None = None  # what `pretrained` holds for those not constrained yet
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the fit starts
         self._sharding = Sharding([], self.norm)
         self._handles: list[RemovableHandle] = []
+
+    @override
+    def __repr__(self) -> str:
+        """One line with the arguments that shape the method."""
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self._SHOWN)})"
+
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """The pretrained value of each constrained parameter, by name; empty before the first fit."""
+        return dict(self._anchor)
 
     # ---- what a method adds
 
@@ -159,7 +172,7 @@ class AnchoredCallback(pl.Callback):
         self._stop_listening()
         reshard(pl_module)
         with configuration_errors():
-            candidates = constrainable(pl_module, self.exclude)
+            candidates = constrainable(pl_module, self.exclude, buffers=self._constrains_buffers)
         state, self._loaded = self._loaded, None
         if state is not None:
             self._anchor = self._verified(state["anchor"], candidates)
@@ -183,9 +196,11 @@ class AnchoredCallback(pl.Callback):
         if state is not None:
             self.load_method_state(state["method"])
         self._join()
+        if self._pretrained is not None:  # a copy: the source may be a module that goes on training
+            self._pretrained = {name: self._pretrained[name].clone() for name in self._waiting}
         self._check_something_to_do(trainer, pl_module)
 
-    def _verified(self, anchor: dict[str, Tensor], candidates: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    def _verified(self, anchor: dict[str, Tensor], candidates: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's anchors, if they are those of the present module."""
         for name, value in anchor.items():
             if name not in candidates or candidates[name].shape != value.shape:
@@ -211,7 +226,7 @@ class AnchoredCallback(pl.Callback):
 
     def _join(self) -> None:
         """Constrain the waiting parameters that are trainable now."""
-        new = {name: parameter for name, parameter in self._waiting.items() if parameter.requires_grad}
+        new = {n: p for n, p in self._waiting.items() if p.requires_grad or not isinstance(p, nn.Parameter)}
         for name, parameter in new.items():
             value = parameter if self._pretrained is None else self._pretrained.pop(name)
             self._anchor[name] = capture(value, parameter)
@@ -230,9 +245,36 @@ class AnchoredCallback(pl.Callback):
         """This process's parts of the anchors, in the order of `_weights`."""
         return [local(anchor) for anchor in self._anchor.values()]
 
-    def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """This process's part of a parameter's ``.grad``."""
-        return None if parameter.grad is None else local_gradient(parameter.grad, parameter)
+    def _scalars_like(self) -> Tensor:
+        """A scalar of the device and dtype of what is learned: float64 if any weight is, else float32."""
+        dtypes = [torch.promote_types(weight.dtype, torch.float32) for weight in self._weights]
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        return torch.zeros((), dtype=dtype, device=self._weights[0].device)
+
+    def _gradients(self, optimizer: Optimizer) -> list[Tensor | None]:
+        """This process's parts of the gradients, None for a tensor that this optimizer does not step now."""
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [
+            None if p.grad is None or id(p) not in stepped else local_gradient(p.grad, p)
+            for p in self._parameters.values()
+        ]
+
+    def _dots(self, pairs: Iterable[tuple[Tensor, Tensor] | None]) -> Tensor:
+        """The inner product of each pair of whole tensors, given this process's parts; 0 for None. Shape (T,)."""
+        like = self._scalars_like()
+        dots = [like if pair is None else row_dot(*pair, norm="l2").sum().to(like.dtype) for pair in pairs]
+        return self._sharding.total(torch.stack(dots))
+
+    def _check_gradients_can_be_read(self, trainer: pl.Trainer) -> None:
+        """Refuse optimizers that undo a gradient scaler's scaling inside their step: ``.grad`` is scaled before it."""
+        for optimizer in trainer.optimizers:
+            fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+            if fused and getattr(trainer.precision_plugin, "scaler", None) is not None:
+                raise MisconfigurationException(
+                    f"{type(self).__name__} needs unscaled gradients, but {type(optimizer).__name__} unscales them"
+                    " inside its step (it is fused, and the precision is 16-mixed). Pass fused=False to the optimizer,"
+                    " or precision='bf16-mixed' to the Trainer."
+                )
 
     def _listen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -246,3 +288,38 @@ class AnchoredCallback(pl.Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+class GradientCallback(AnchoredCallback):
+    """Base of the methods that change the gradients which an optimizer is about to use, before they are clipped."""
+
+    _changed = False
+
+    def change_gradients(self, optimizer: Optimizer) -> None:
+        """Change the ``.grad`` of the constrained parameters that this optimizer steps."""
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Also refuses optimizers whose gradients cannot be read."""
+        super().on_train_start(trainer, pl_module)
+        self._check_gradients_can_be_read(trainer)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Changes the gradients: they are unscaled and not clipped yet."""
+        if self._parameters:
+            with torch.no_grad():
+                self.change_gradients(optimizer)
+        self._changed = True
+
+    @override
+    def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Refuses a step that Lightning did not see: its gradients were not changed."""
+        if not self._changed:
+            raise MisconfigurationException(
+                f"{type(self).__name__} changes gradients in Lightning's on_before_optimizer_step, and {optimizer!r}"
+                " stepped without it. Step the optimizer that self.optimizers() returns, with use_pl_optimizer=True."
+            )
+        self._changed = False

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -36,6 +38,24 @@ class RadiusCallback(AnchoredCallback):
         self.radius_lr = radius_lr
         self.norm = norm
         self.reset_method()
+
+    def acts_after_steps(self) -> bool:
+        """Whether the weights are projected after optimizer steps."""
+        return True
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Also refuses a second radius for the same parameters."""
+        super().on_train_start(trainer, pl_module)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+        for other in callbacks[: callbacks.index(self)]:
+            if isinstance(other, RadiusCallback) and other.acts_after_steps() and self.acts_after_steps():
+                both = self._parameters.keys() & other._parameters.keys()
+                if both:
+                    raise MisconfigurationException(
+                        f"{other!r} and {self!r} both learn a radius for {len(both)} parameters, {min(both)!r} among"
+                        " them: each would take the other's projection for the optimizer's step. Exclude them in one."
+                    )
 
     @property
     def radii(self) -> dict[str, float]:
@@ -73,9 +93,7 @@ class RadiusCallback(AnchoredCallback):
         self._place_radii()
 
     def _place_radii(self) -> None:
-        parameters = list(self._parameters.values())
-        double = any(parameter.dtype == torch.float64 for parameter in parameters)
-        self._radii.to(parameters[0].device, torch.float64 if double else torch.float32)
+        self._radii.to(self._scalars_like())
         self._distances = self._distances.to(self._radii.value)
 
     def _measure(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -49,6 +50,9 @@ class TPGMCallback(RadiusCallback):
             lacks, or has in another shape, are not constrained, and this is reported.
         loss: None for the module's ``training_step`` (evaluated without leaving a trace), ``"validation_step"``, or a
             callable (pl_module, batch) -> Tensor.
+        when: ``"training"``: after every optimizer step. ``"fit_end"``: the fit is plain fine-tuning, and at its end
+            the radii are learned in ``radius_steps`` updates at once and the weights projected (the authors' recipe for
+            CLIP on ImageNet: ``norm="l2", radius_steps=200``). See also `lightning_tpgm.project_checkpoint`.
 
     Raises:
         MisconfigurationException: For an argument out of its range, in the constructor; when the fit is set up, for
@@ -64,6 +68,7 @@ class TPGMCallback(RadiusCallback):
     TPGMCallback(radius_lr=0.01, norm='mars', radius_steps=1, every_n_steps=1, exclude=('head.*',))
     """
 
+    _SHOWN = ("radius_lr", "norm", "radius_steps", "every_n_steps", "exclude")
     _held_out: HeldOutBatches | None
     _held_out_state: dict[str, int] | None
     _held_out_loss: Tensor | None
@@ -80,6 +85,7 @@ class TPGMCallback(RadiusCallback):
         exclude: Sequence[str] = (),
         pretrained: Pretrained | None = None,
         loss: Loss = None,
+        when: Literal["training", "fit_end"] = "training",
     ) -> None:
         super().__init__(radius_lr, norm, exclude, pretrained)
         given: object = dataloader
@@ -99,17 +105,23 @@ class TPGMCallback(RadiusCallback):
             "None, 'validation_step' or a callable (pl_module, batch) -> Tensor",
             loss,
         )
+        check(when in ("training", "fit_end"), "when", "'training' or 'fit_end'", when)
+        if when == "fit_end" and every_n_steps != 1:
+            raise MisconfigurationException(
+                f"`every_n_steps` = {every_n_steps} has no effect with `when` = 'fit_end': no optimizer"
+                " steps follow. Leave it out; `radius_steps` is the number of updates."
+            )
         self.dataloader = dataloader
         self.radius_steps = radius_steps
         self.every_n_steps = every_n_steps
         self.loss = loss
+        self.when = when
         self._evaluate = HeldOutLoss(loss)
 
     @override
-    def __repr__(self) -> str:
-        """One line with the arguments that shape the method."""
-        shown = ("radius_lr", "norm", "radius_steps", "every_n_steps", "exclude")
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+    def acts_after_steps(self) -> bool:
+        """Not with ``when="fit_end"``."""
+        return self.when == "training"
 
     # ---- Lightning's hooks
 
@@ -145,12 +157,15 @@ class TPGMCallback(RadiusCallback):
             summary = {"tpgm/heldout_loss": self._held_out_loss, "tpgm/mean_ratio": self._mean_ratio}
             pl_module.log_dict(summary, prog_bar=True, logger=False)
             self._held_out_loss = None
-        if not self._warned and self._may_look(trainer, batch_idx) and bool(self._skipped):
-            self._warned = True
-            rank_zero_warn(
-                "The held-out loss, or its gradient, is not finite: that radius update was skipped, training goes on."
-                " Further ones are skipped without a warning."
-            )
+        if self._may_look(trainer, batch_idx):
+            self._warn_of_skipped()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Learns the radii now, if that was asked for."""
+        super().on_train_end(trainer, pl_module)
+        if not self.acts_after_steps() and self._parameters:
+            self.constrain_now(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -193,15 +208,28 @@ class TPGMCallback(RadiusCallback):
     @override
     def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Updates the radii if that is due and projects the weights."""
+        if self.acts_after_steps():
+            due = self._steps % self.every_n_steps == 0
+            self._steps += 1
+            self._constrain(trainer, pl_module, range(self.radius_steps if due else 0))
+
+    def constrain_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make all radius updates at once, with a progress bar, and project the weights."""
+        shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
+        with torch.no_grad():
+            self._constrain(
+                trainer, pl_module, Tqdm(range(self.radius_steps), desc="Learning radii", disable=not shown)
+            )
+        self._warn_of_skipped()
+
+    def _constrain(self, trainer: pl.Trainer, pl_module: pl.LightningModule, updates: Sequence[int]) -> None:
         weights = self._weights
         distances, largest = self._measure(weights)
         self._radii.start(self._sharding.smallest(distances) / 2)
-        due = self._steps % self.every_n_steps == 0
-        self._steps += 1
-        if due:
+        if updates:
             weights = [weight.clone() for weight in weights]
         try:
-            for _ in range(self.radius_steps if due else 0):
+            for _ in updates:
                 self._radii.clamp(largest)
                 self._project(pl_module, weights, distances)
                 self._update_radii(trainer, pl_module, weights, distances)
@@ -240,6 +268,14 @@ class TPGMCallback(RadiusCallback):
         self._radii.adam(slope, where=finite & (used > 0))
         self._held_out_loss = summary[0]
         self._skipped = self._skipped.to(finite.device) + ~finite
+
+    def _warn_of_skipped(self) -> None:
+        if not self._warned and bool(self._skipped):
+            self._warned = True
+            rank_zero_warn(
+                "The held-out loss, or its gradient, is not finite: that radius update was skipped, training goes on."
+                " Further ones are skipped without a warning."
+            )
 
     def _may_look(self, trainer: pl.Trainer, batch_idx: int) -> bool:
         """Whether a value may be read from the device now: at the logging cadence, else a GPU would wait every step."""

@@ -1,0 +1,84 @@
+"""The command line: ``python -m lightning_tpgm project --help``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_tpgm.norms import Norm
+from lightning_tpgm.post_hoc import project_checkpoint
+
+
+def project(
+    model: pl.LightningModule,
+    pretrained: str,
+    finetuned: str,
+    dataloader: str,
+    output: str,
+    norm: Norm = "l2",
+    radius_lr: float = 1e-2,
+    radius_steps: int = 200,
+    exclude: list[str] | None = None,
+    loss: str | None = None,
+    accelerator: str = "auto",
+    devices: int | list[int] | str = "auto",
+    precision: str | None = None,
+) -> None:
+    """Project a fine-tuned checkpoint towards its pretrained one, with radii learned on held-out data (TPGM).
+
+    Args:
+        model: Import path of the LightningModule, with its arguments under it.
+        pretrained: The pretrained checkpoint, state dict or .safetensors file.
+        finetuned: The fine-tuned one.
+        dataloader: Import path of a loader of held-out data, or of a function that makes one (my_project.data:held_out).
+        output: The file to write, of the same kind as the fine-tuned one.
+        norm: l2 or mars.
+        radius_lr: Adam learning rate of the radii.
+        radius_steps: Number of radius updates.
+        exclude: fnmatch patterns over parameter names that keep their fine-tuned value.
+        loss: Leave out for the module's training_step, or validation_step.
+        accelerator: As in Lightning's Trainer.
+        devices: As in Lightning's Trainer.
+        precision: As in Lightning's Trainer.
+    """
+    options: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "precision": precision}
+    trainer = pl.Trainer(**options, logger=False, enable_checkpointing=False, enable_model_summary=False)
+    callback = project_checkpoint(
+        model,
+        pretrained,
+        finetuned,
+        dataloader,
+        output,
+        norm=norm,
+        radius_lr=radius_lr,
+        radius_steps=radius_steps,
+        exclude=exclude or (),
+        loss=loss,  # type: ignore[arg-type]  # checked by the callback, with its message
+        trainer=trainer,
+    )
+    if trainer.is_global_zero:
+        _show(callback.radii, callback.distances, output)
+
+
+def _show(radii: dict[str, float], distances: dict[str, float], output: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("parameter", "radius", "distance", title=output)
+    for name, radius in radii.items():
+        table.add_row(name, f"{radius:.4g}", f"{distances[name]:.4g}")
+    Console().print(table)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line with these arguments, by default those of the process."""
+    try:
+        from jsonargparse import CLI
+    except ImportError as error:
+        raise SystemExit("The command line needs jsonargparse: pip install 'lightning-tpgm[cli]'.") from error
+    CLI({"project": project}, args=args)
+
+
+if __name__ == "__main__":
+    main()

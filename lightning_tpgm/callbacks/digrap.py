@@ -1,0 +1,129 @@
+"""DiGraP: Directional Gradient Projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_tpgm.anchor import Pretrained, capture
+from lightning_tpgm.callbacks.base import GradientCallback, check, is_number
+from lightning_tpgm.norms import deviation
+from lightning_tpgm.radii import LearnedScalars
+from lightning_tpgm.sharding import full, local
+
+
+class DiGraPCallback(GradientCallback):
+    """Takes out of each gradient a learned share of what would move the tensor further from its pretrained value.
+
+    Per tensor, with g the gradient that the optimizer is about to use and D = W - W0::
+
+        g_proj = <g, D> / ||D||^2 D
+        if <g, D> < 0 (a step along -g increases the distance):   g := g - omega g_proj
+
+    omega in [0, 1] starts at 0 and is learned by Adam. For a step W_t = W_(t-1) - lr (g_(t-1) - omega g_proj_(t-1)),
+    the chain rule gives::
+
+        dLoss(W_t) / domega_(t-1) = <g_t, dW_t / domega_(t-1)> = + lr <g_t, g_proj_(t-1)>
+
+    with g_proj_(t-1) replaced by 0 where there was no conflict, because W_t does not depend on omega then. omega grows
+    where the loss would have been lower, had the step gone out less far. As in the paper the inner product is
+    normalised: divided by ||g_t|| ||g_proj_(t-1)||. Beside the anchor the callback keeps the weights of the last step.
+
+    Args:
+        omega_lr: mu, the Adam learning rate of omega.
+        exclude: fnmatch patterns over parameter names; those are not constrained.
+        pretrained: Where the anchors come from, as in `TPGMCallback`; None: the weights at the start of the fit.
+
+    Raises:
+        MisconfigurationException: As `L2SPCallback`.
+
+    Source: Huang et al., "Directional Gradient Projection for Robust Fine-Tuning of Foundation Models", ICLR 2025,
+    arXiv 2502.15895, algorithm 1.
+
+    >>> DiGraPCallback(exclude=["head.*"])
+    DiGraPCallback(omega_lr=0.01, exclude=('head.*',))
+    """
+
+    _SHOWN = ("omega_lr", "exclude")
+
+    def __init__(
+        self, omega_lr: float = 1e-2, exclude: Sequence[str] = (), pretrained: Pretrained | None = None
+    ) -> None:
+        check(is_number(omega_lr) and omega_lr > 0, "omega_lr", "a positive number", omega_lr)
+        super().__init__(exclude, pretrained)
+        self.omega_lr = omega_lr
+        self.reset_method()
+
+    @property
+    def omegas(self) -> dict[str, float]:
+        """omega of each constrained parameter, by name; empty before the first fit."""
+        return self._omegas.as_dict()
+
+    @override
+    def reset_method(self) -> None:
+        """Forgets omega and the last step."""
+        self._omegas = LearnedScalars(self.omega_lr)
+        self._lr = torch.empty(0)  # of the last step; 0 where it had no conflict: omega had no effect
+        self._previous: dict[str, Tensor] = {}  # the weights before the last step of each tensor
+
+    @override
+    def joined(self, names: list[str]) -> None:
+        """Gives each new parameter an omega of 0."""
+        self._place()
+        self._omegas.add(names)
+        self._omegas.start(torch.zeros_like(self._omegas.value))
+        self._lr = torch.cat([self._lr, self._lr.new_zeros(len(names))])
+
+    def _place(self) -> None:
+        self._omegas.to(self._scalars_like())
+        self._lr = self._lr.to(self._omegas.value)
+
+    @override
+    def method_state(self) -> dict[str, Any]:
+        """omega, its Adam state, and the last step."""
+        previous = {name: full(weight).cpu() for name, weight in self._previous.items()}
+        return {"omegas": self._omegas.state_dict(), "lr": self._lr.cpu(), "previous": previous}
+
+    @override
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `method_state` gave."""
+        self._omegas.load_state_dict(state["omegas"])
+        self._lr = state["lr"]
+        self._place()
+        self._previous = {name: capture(value, self._parameters[name]) for name, value in state["previous"].items()}
+
+    @override
+    def change_gradients(self, optimizer: Optimizer) -> None:
+        """Updates omega, then g := g - omega g_proj where there is a conflict."""
+        omegas, grads, weights, anchors = self._omegas, self._gradients(optimizer), self._weights, self._anchors
+        stepping = torch.stack([self._lr.new_full((), grad is not None) for grad in grads]).bool()
+        lrs = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+        def dots(deviations: list[Tensor]) -> Tensor:
+            """<g, D> of each tensor."""
+            return self._dots(None if g is None else (g, d) for g, d in zip(grads, deviations, strict=True))
+
+        # <g_t, g_proj_(t-1)> normalised: on conflict g_proj is a negative multiple of D
+        previous = [local(self._previous.get(name, anchor)) for name, anchor in self._anchor.items()]
+        before = [deviation(weight, anchor) for weight, anchor in zip(previous, anchors, strict=True)]
+        norms = (self._dots(None if g is None else (g, g) for g in grads) * self._dots((d, d) for d in before)).sqrt()
+        slope = torch.where(norms > 0, -self._lr * dots(before) / norms, 0)
+        known = torch.stack([self._lr.new_full((), name in self._previous) for name in self._parameters]).bool()
+        omegas.adam(slope, where=stepping & known & slope.isfinite())
+        omegas.value = omegas.value.clamp(0, 1)
+
+        present = [deviation(weight, anchor) for weight, anchor in zip(weights, anchors, strict=True)]
+        inner, squared = dots(present), self._dots((d, d) for d in present)
+        conflict = (inner < 0) & inner.isfinite()
+        shares = torch.where(conflict, omegas.value * inner / squared, 0)
+        lr = torch.stack([self._lr.new_zeros(()) + lrs.get(id(p), 0.0) for p in self._parameters.values()])
+        self._lr = torch.where(stepping, torch.where(conflict, lr, 0), self._lr)
+        for (name, parameter), grad, d, share in zip(self._parameters.items(), grads, present, shares, strict=True):
+            if grad is not None:
+                grad.sub_((share * d).to(grad.dtype))
+                self._previous[name] = capture(parameter, parameter)

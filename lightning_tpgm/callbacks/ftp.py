@@ -1,0 +1,122 @@
+"""FTP: Fast Trainable Projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_tpgm.anchor import Pretrained, capture
+from lightning_tpgm.callbacks.base import check, is_number
+from lightning_tpgm.callbacks.radius import RadiusCallback
+from lightning_tpgm.norms import Norm, deviation
+from lightning_tpgm.projection import EPS, MIN_RADIUS, row_dot
+from lightning_tpgm.sharding import full, local
+
+
+class FTPCallback(RadiusCallback):
+    """Learns radii as TPGM does, from the next training gradient: no held-out data, no extra forward or backward.
+
+    After step t of whatever optimizer the module has, with g the gradient that the step used, c the deviation before
+    the projection and n its row norms + 1e-8::
+
+        t = 1:  gamma = 1e-8 (the first step snaps back to the anchor)
+        t > 1:  dgamma = sum over rows of <g_t, c_(t-1)> / n_(t-1);  if dgamma > 0: dgamma *= k
+                gamma  = clip(Adam(gamma, dgamma), 1e-8, max n_t)
+        W := W0 + clip(gamma / n_t, 0, 1) c_t
+
+    The derivative is that of the loss at the projected weights of step t - 1, which is where g_t is taken. Beside the
+    anchor the callback keeps the unprojected weights of the last step. A tensor that an optimizer step leaves out (it
+    belongs to another optimizer, or has no gradient) is left out here too.
+
+    Args:
+        k: Factor in [0, 1] on gradients that would shrink a radius; 1: strongest constraint, 0: radii never shrink by
+            gradient.
+        radius_lr: Adam learning rate of the radii.
+        norm: ``"mars"`` or ``"l2"``, as in `TPGMCallback`.
+        exclude: fnmatch patterns over parameter names; those are not constrained.
+        pretrained: Where the anchors come from, as in `TPGMCallback`; None: the weights at the start of the fit.
+
+    Raises:
+        MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
+            or with a fused optimizer under a gradient scaler (``precision="16-mixed"``).
+
+    Source: Tian et al., "Fast Trainable Projection for Robust Fine-Tuning", NeurIPS 2023, arXiv 2310.19182.
+
+    >>> FTPCallback(k=0.5, exclude=["head.*"])
+    FTPCallback(k=0.5, radius_lr=0.01, norm='mars', exclude=('head.*',))
+    """
+
+    _SHOWN = ("k", "radius_lr", "norm", "exclude")
+
+    def __init__(
+        self,
+        k: float = 1.0,
+        radius_lr: float = 1e-2,
+        norm: Norm = "mars",
+        exclude: Sequence[str] = (),
+        pretrained: Pretrained | None = None,
+    ) -> None:
+        check(is_number(k) and 0 <= k <= 1, "k", "a number in [0, 1]", k)
+        super().__init__(radius_lr, norm, exclude, pretrained)
+        self.k = k
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Also refuses optimizers whose gradients cannot be read."""
+        super().on_train_start(trainer, pl_module)
+        self._check_gradients_can_be_read(trainer)
+
+    @override
+    def reset_method(self) -> None:
+        """Forgets the radii and the last step."""
+        super().reset_method()
+        self._previous: dict[str, Tensor] = {}  # the unprojected weights after the last step of each tensor
+
+    @override
+    def method_state(self) -> dict[str, Any]:
+        """Radii, their Adam state, and the unprojected weights of the last step."""
+        return {**super().method_state(), "previous": {name: full(w).cpu() for name, w in self._previous.items()}}
+
+    @override
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `method_state` gave."""
+        super().load_method_state(state)
+        self._previous = {name: capture(value, self._parameters[name]) for name, value in state["previous"].items()}
+
+    @override
+    def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Updates the radii from the gradient that the step used, and projects the weights."""
+        radii, weights, grads = self._radii, self._weights, self._gradients(optimizer)
+        distances, largest = self._measure(weights)
+        stepped = torch.stack([radii.value.new_full((), grad is not None) for grad in grads]).bool()
+        known = torch.stack([radii.value.new_full((), name in self._previous) for name in self._parameters]).bool()
+
+        slope = self._slopes(grads)
+        radii.start(torch.full_like(radii.value, MIN_RADIUS))
+        radii.adam(torch.where(slope > 0, self.k * slope, slope), where=stepped & known)
+        radii.step = torch.where(
+            stepped & ~known, 1, radii.step
+        )  # Adam counts the optimizer's steps: the next is t = 2
+        radii.clamp(largest + EPS)
+
+        for (name, parameter), grad in zip(self._parameters.items(), grads, strict=True):
+            if grad is not None:
+                self._previous[name] = capture(parameter, parameter)
+        self._project(pl_module, weights, distances)
+        self._projected(largest)
+
+    def _slopes(self, grads: list[Tensor | None]) -> Tensor:
+        """dgamma of each tensor, shape (T,); 0 for those without gradient or previous step."""
+        previous = [local(self._previous.get(name, anchor)) for name, anchor in self._anchor.items()]
+        distances, _ = self._measure(previous)
+        slopes = [
+            n.new_zeros(()) if g is None else (row_dot(g, deviation(w, a), self.norm) / (n + EPS)).sum().to(n.dtype)
+            for g, w, a, n in zip(grads, previous, self._anchors, distances, strict=True)
+        ]
+        return self._sharding.total(torch.stack(slopes))

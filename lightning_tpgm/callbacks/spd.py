@@ -1,0 +1,83 @@
+"""SPD: Selective Projection Decay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_tpgm.anchor import Pretrained
+from lightning_tpgm.callbacks.base import AnchoredCallback, check, is_number
+from lightning_tpgm.norms import deviation
+from lightning_tpgm.projection import project
+from lightning_tpgm.sharding import reshard
+
+
+class SPDCallback(AnchoredCallback):
+    """Decays a tensor towards its pretrained value, only in steps whose gradient itself points back there.
+
+    With D the deviation from the anchor before (prev) and after (new) the optimizer's step and g the gradient that the
+    step used, per tensor, in the Frobenius norm::
+
+        if <g, D_prev> > 0:   W := W_new - strength * rho * D_new
+                              rho = clip((||D_new|| - ||D_prev||) / ||D_new||, 0, 1)
+
+    Beside the anchor the callback keeps the weights before the step while a step runs.
+
+    Args:
+        strength: lambda; 1 takes back the whole growth of the distance.
+        exclude: fnmatch patterns over parameter names; those are not constrained.
+        pretrained: Where the anchors come from, as in `TPGMCallback`; None: the weights at the start of the fit.
+
+    Raises:
+        MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
+            or with a fused optimizer under a gradient scaler (``precision="16-mixed"``).
+
+    Source: Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024,
+    arXiv 2411.01713.
+
+    >>> SPDCallback(exclude=["head.*"])
+    SPDCallback(strength=1.0, exclude=('head.*',))
+    """
+
+    _SHOWN = ("strength", "exclude")
+
+    def __init__(
+        self, strength: float = 1.0, exclude: Sequence[str] = (), pretrained: Pretrained | None = None
+    ) -> None:
+        check(is_number(strength) and strength >= 0, "strength", "a number that is not negative", strength)
+        super().__init__(exclude, pretrained)
+        self.strength = strength
+        self._before: list[Tensor] = []
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Also listens for the beginning of optimizer steps."""
+        super().on_train_start(trainer, pl_module)
+        self._check_gradients_can_be_read(trainer)
+
+        def stepping(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._before = [weight.clone() for weight in self._weights]
+
+        self._handles += [optimizer.register_step_pre_hook(stepping) for optimizer in trainer.optimizers]
+
+    @override
+    def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Decays the tensors whose gradient asks for it."""
+        before, self._before = self._before, []
+        grads, weights, anchors = self._gradients(optimizer), self._weights, self._anchors
+        previous = [deviation(weight, anchor) for weight, anchor in zip(before, anchors, strict=True)]
+        present = [deviation(weight, anchor) for weight, anchor in zip(weights, anchors, strict=True)]
+        consistency = self._dots(None if g is None else (g, d) for g, d in zip(grads, previous, strict=True))
+        old = self._dots((d, d) for d in previous).sqrt()
+        new = self._dots((d, d) for d in present).sqrt()
+        rho = torch.where(new > 0, (new - old) / new, 0).clamp(0, 1)
+        decay = torch.where(consistency > 0, self.strength * rho, 0)
+        reshard(pl_module)
+        for weight, anchor, remains in zip(weights, anchors, (1 - decay).unbind(), strict=True):
+            weight.copy_(project(weight, anchor, remains))

@@ -1,0 +1,183 @@
+"""Invariant 2, "Exact method", for the methods beside TPGM: against the recording and independent float64 loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback
+from parity_model import BATCH_SIZE, load_recording
+from reference import ReferenceDiGraP, ReferenceFTP, ReferenceL2SP, ReferenceSPD
+from test_exact_method import LitParity, Recorder, Tensors, assert_final, fit, loss_of
+
+STEPS = 12
+Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+}
+
+
+class WithOptimizer(Tensors):
+    def __init__(self, optimizer: Optimizer, seed: int) -> None:
+        super().__init__(scale=1.0, lr=0.0, seed=seed)
+        self.optimizer = optimizer
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(list(self.parameters()))
+
+
+class ByHand:
+    """The same module, batches and torch optimizer in a plain loop."""
+
+    def __init__(self, module: WithOptimizer, train: Tensor) -> None:
+        self.train = train
+        self.weights = {n: p.detach().clone().requires_grad_() for n, p in module.named_parameters()}
+        self.anchors = {n: w.detach().clone() for n, w in self.weights.items()}
+        self.optimizer = module.optimizer(list(self.weights.values()))
+
+    @property
+    def grads(self) -> dict[str, Tensor | None]:
+        return {n: None if w.grad is None else w.grad.clone() for n, w in self.weights.items()}
+
+    def values(self) -> dict[str, Tensor]:
+        return {n: w.detach().clone() for n, w in self.weights.items()}
+
+    def backward(self, x: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss_of(self.weights, x).backward()
+
+    def write(self, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                self.weights[name].copy_(value)
+
+    def write_grads(self, grads: dict[str, Tensor | None]) -> None:
+        for name, grad in grads.items():
+            self.weights[name].grad = grad
+
+
+def start(optimizer: str, seed: int) -> tuple[WithOptimizer, ByHand, DataLoader]:
+    module = WithOptimizer(OPTIMIZERS[optimizer], seed)
+    train = torch.randn(STEPS, 64, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    return module, ByHand(module, train), DataLoader(TensorDataset(train))
+
+
+def assert_same(module: pl.LightningModule, by_hand: ByHand) -> None:
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.detach(), by_hand.weights[name].detach(), rtol=1e-9, atol=1e-12)
+
+
+# --- FTP ---
+
+
+def test_ftp_recorded_trajectory() -> None:
+    recording = load_recording("ftp_sgd_k1.npz")
+    module = LitParity(recording)
+    module.configure_optimizers = lambda: OPTIMIZERS["sgd"](list(module.parameters()))  # type: ignore[method-assign]
+    callback = FTPCallback(k=1.0, norm="mars", exclude=["*.head.*"])
+    recorder = Recorder(callback)
+
+    fit(module, [callback, recorder], DataLoader(TensorDataset(recording.train_x, recording.train_y), BATCH_SIZE))
+
+    assert len(recorder.radii) == recording.steps == 30
+    radii = torch.tensor([list(step.values()) for step in recorder.radii])
+    torch.testing.assert_close(radii, recording.radii.float(), rtol=1e-5, atol=1e-6)
+    assert_final(module.model, recording)
+
+
+@pytest.mark.parametrize("k", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("norm", ["mars", "l2"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_ftp_float64_loop(optimizer: str, norm: str, k: float) -> None:
+    module, by_hand, data = start(optimizer, seed=3)
+    reference = ReferenceFTP(by_hand.anchors, k=k, radius_lr=0.02, norm=norm)
+    callback = FTPCallback(k=k, radius_lr=0.02, norm=norm)
+    recorder = Recorder(callback)
+    fit(module, [callback, recorder], data, precision="64-true")
+    for x, radii in zip(by_hand.train, recorder.radii, strict=True):
+        by_hand.backward(x)
+        grads = by_hand.grads
+        by_hand.optimizer.step()
+        by_hand.write(reference.after_step(by_hand.values(), grads))
+        used = [name for name in radii if name != "unmoved"]  # no gradient: its radius stays where it started
+        assert [radii[name] for name in used] == pytest.approx([reference.radii[name] for name in used], rel=1e-9)
+    assert_same(module, by_hand)
+
+
+def test_ftp_first_step_snaps_back_to_the_anchor() -> None:
+    module, by_hand, data = start("sgd", seed=5)
+    fit(module, [FTPCallback()], data, precision="64-true", max_steps=1)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.detach(), by_hand.anchors[name], rtol=0, atol=1e-8)
+
+
+# --- SPD, L2-SP, DiGraP ---
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_spd_float64_loop(optimizer: str, strength: float) -> None:
+    module, by_hand, data = start(optimizer, seed=7)
+    reference = ReferenceSPD(by_hand.anchors, strength)
+    fit(module, [SPDCallback(strength)], data, precision="64-true")
+    decayed = 0
+    for x in by_hand.train:
+        by_hand.backward(x)
+        before, grads = by_hand.values(), by_hand.grads
+        by_hand.optimizer.step()
+        after = reference.after_step(before, by_hand.values(), grads)
+        decayed += sum(not torch.equal(after[name], weight) for name, weight in by_hand.values().items())
+        by_hand.write(after)
+    assert 0 < decayed < STEPS * len(by_hand.weights), "the data should call for decay sometimes"
+    assert_same(module, by_hand)
+
+
+@pytest.mark.parametrize("strength", [0.01, 1.0])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_l2sp_float64_loop(optimizer: str, strength: float) -> None:
+    module, by_hand, data = start(optimizer, seed=9)
+    reference = ReferenceL2SP(by_hand.anchors, strength)
+    fit(module, [L2SPCallback(strength)], data, precision="64-true")
+    for x in by_hand.train:
+        by_hand.backward(x)
+        by_hand.write_grads(reference.change_gradients(by_hand.values(), by_hand.grads))
+        by_hand.optimizer.step()
+    assert_same(module, by_hand)
+
+
+def test_l2sp_is_added_before_clipping() -> None:
+    module, by_hand, data = start("sgd", seed=9)
+    reference = ReferenceL2SP(by_hand.anchors, 5.0)
+    fit(module, [L2SPCallback(5.0)], data, precision="64-true", gradient_clip_val=0.1)
+    for x in by_hand.train:
+        by_hand.backward(x)
+        by_hand.write_grads(reference.change_gradients(by_hand.values(), by_hand.grads))
+        torch.nn.utils.clip_grad_norm_(list(by_hand.weights.values()), 0.1)
+        by_hand.optimizer.step()
+    assert_same(module, by_hand)
+
+
+@pytest.mark.parametrize("omega_lr", [0.01, 0.3])
+def test_digrap_float64_loop(omega_lr: float) -> None:
+    module, by_hand, data = start("sgd", seed=11)
+    reference = ReferenceDiGraP(by_hand.anchors, omega_lr)
+    callback = DiGraPCallback(omega_lr)
+    fit(module, [callback], data, precision="64-true")
+    used = {name: anchor for name, anchor in by_hand.anchors.items() if name != "unmoved"}
+    reference.anchors = used
+    for x in by_hand.train:
+        by_hand.backward(x)
+        grads = {name: by_hand.grads[name] for name in used}
+        by_hand.write_grads(reference.change_gradients(by_hand.values(), grads, lr=0.05))
+        by_hand.optimizer.step()
+    omegas = {name: value for name, value in callback.omegas.items() if name != "unmoved"}
+    assert omegas == pytest.approx({name: reference.omegas[name] for name in used}, rel=1e-5, abs=1e-7)
+    assert max(omegas.values()) > 0, "the data should call for a projection sometimes"
+    for name, parameter in module.named_parameters():  # omega is float32
+        torch.testing.assert_close(parameter.detach(), by_hand.weights[name].detach(), rtol=1e-5, atol=1e-7)
