@@ -31,7 +31,8 @@ def project(
         model: Import path of the LightningModule, with its arguments under it.
         pretrained: The pretrained checkpoint, state dict or .safetensors file.
         finetuned: The fine-tuned one.
-        dataloader: Import path of a loader of held-out data, or of a function that makes one (my_project.data:held_out).
+        dataloader: Import path of a loader of held-out data, or of a function that makes one, for instance
+            my_project.data:held_out.
         output: The file to write, of the same kind as the fine-tuned one.
         norm: l2 or mars.
         radius_lr: Adam learning rate of the radii.
@@ -74,10 +75,10 @@ def _show(radii: dict[str, float], distances: dict[str, float], output: str) -> 
 def main(args: list[str] | None = None) -> None:
     """Run the command line with these arguments, by default those of the process."""
     try:
-        from jsonargparse import CLI
+        from jsonargparse import CLI  # type: ignore[attr-defined]  # `auto_cli` is newer than the oldest supported
     except ImportError as error:
         raise SystemExit("The command line needs jsonargparse: pip install 'lightning-tpgm[cli]'.") from error
-    CLI({"project": project}, args=args)
+    CLI({"project": project}, args=args, as_positional=False, prog="python -m lightning_tpgm")  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

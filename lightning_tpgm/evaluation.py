@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSet, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torchmetrics import Metric
 
 from lightning_tpgm.heldout import HeldOutBatch
@@ -76,18 +77,25 @@ class HeldOutLoss:
         Raises:
             MisconfigurationException: If what came back is no scalar loss, or has no gradient.
         """
-        with torch.inference_mode(False), torch.enable_grad(), _trainable(parameters):
+        by_backward = self._by_backward or any(is_fsdp2(module) for module in pl_module.modules())
+        aside = _grads_put_aside(pl_module) if by_backward else nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), _trainable(parameters), aside:
             loss = self._value(trainer, pl_module, drawn)
             if loss is None:
                 return None, [None for _ in parameters]
             scale = _loss_scale(trainer, loss)
-            self._by_backward |= any(is_fsdp2(module) for module in pl_module.modules())
-            grads = None if self._by_backward else _gradients(loss * scale, parameters)
-            if grads is None:
-                if not self._by_backward:  # the failed attempt has freed part of the graph
-                    self._by_backward = True
+            grads: Sequence[Tensor | None]
+            if by_backward:
+                torch.autograd.backward(loss * scale)
+                grads = [parameter.grad for parameter in parameters]
+            else:
+                try:
+                    grads = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
+                except RuntimeError as error:
+                    if "checkpoint" not in str(error):
+                        raise
+                    self._by_backward = True  # reentrant activation checkpointing refuses autograd.grad
                     return self(trainer, pl_module, drawn, parameters)
-                grads = _gradients_by_backward(loss * scale, pl_module, parameters)
         return loss.detach(), [None if grad is None else grad / scale for grad in grads]
 
     def _value(self, trainer: pl.Trainer, pl_module: pl.LightningModule, drawn: HeldOutBatch) -> Tensor | None:
@@ -138,24 +146,17 @@ def _trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None] | None:
-    """The gradients, touching no ``.grad``; None where that is impossible: under reentrant activation checkpointing."""
-    try:
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
-    except RuntimeError as error:
-        if "checkpoint" in str(error):
-            return None
-        raise
+@contextmanager
+def _grads_put_aside(module: nn.Module) -> Iterator[None]:
+    """Every ``.grad`` of the module is None inside and put back on exit.
 
-
-def _gradients_by_backward(loss: Tensor, module: nn.Module, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients by ``backward()``; every ``.grad`` of the module is put aside and put back."""
+    To be entered before the forward: after it, FSDP2 may show gathered parameters in place of the sharded ones.
+    """
     kept = [(parameter, parameter.grad) for parameter in module.parameters()]
     try:
         for parameter, _ in kept:
             parameter.grad = None
-        torch.autograd.backward(loss)
-        return [parameter.grad for parameter in parameters]
+        yield
     finally:
         for parameter, grad in kept:
             parameter.grad = grad
@@ -193,7 +194,12 @@ def _silent(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None
     modules = [module for module in pl_module.modules() if isinstance(module, pl.LightningModule)]
     own: list[dict[str, Any]] = [{k: vars(m)[k] for k in ("log", "log_dict") if k in vars(m)} for m in modules]
     loggers = trainer.loggers
+    # for parts that were given the bound method `log`: what they log is thrown away
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    results, current_fx = loop._results, connector._current_fx
     try:
+        loop._results = type(results)(training=True)
+        loop._results.batch, loop._results.batch_size = results.batch, results.batch_size
         trainer.loggers = [DummyLogger() for _ in loggers]
         for module in modules:
             vars(module).update(log=_ignore, log_dict=_ignore)
@@ -204,6 +210,7 @@ def _silent(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None
                 vars(module).pop(name, None)
             vars(module).update(names)
         trainer.loggers = loggers
+        loop._results, connector._current_fx = results, current_fx
 
 
 def _ignore(*_: Any, **__: Any) -> None:
@@ -262,6 +269,10 @@ class _Memory:
         """Remember what a container or object holds; tensors and arrays in it by reference only."""
         if isinstance(value, self._ATOMS) or id(value) in self._seen:
             return
+        if isinstance(value, nn.Module):  # one that is hidden in a container, with its parts
+            for module in value.modules():
+                self.keep_module(module)
+            return
         self._seen[id(value)] = value
         parts: Any = ()
         if isinstance(value, MutableMapping):
@@ -280,11 +291,13 @@ class _Memory:
             self._later(value.setstate, value.getstate())
         elif isinstance(value, np.random.Generator):
             self._later(lambda state: setattr(value.bit_generator, "state", state), value.bit_generator.state)
-        elif isinstance(value, nn.Module):
-            self.keep_module(value)  # one that is hidden in a container
+        elif isinstance(value, np.random.RandomState):
+            self._later(value.set_state, value.get_state())
         elif not inside_object and self._is_users_object(value):
             self._keep_mapping(vars(value))
             parts, inside_object = vars(value).values(), True
+            for part in parts:
+                self._keep_array(part)
         for part in parts:
             self._keep(part, inside_object)
 
@@ -297,12 +310,13 @@ class _Memory:
 
     def _keep_array(self, value: Any) -> None:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
-            copy, version = value.detach().clone(), value._version
+            copy = value.detach().clone()
+            # a graph of the training step that is still in use finds the version that it saw
+            version = _unsafe_preserve_version_counter(value)
 
-            def undo() -> None:
-                if value._version != version:
-                    with torch.no_grad():
-                        value.copy_(copy)
+            def undo() -> None:  # whatever the version says: BatchNorm does not count its changes there
+                with version, torch.no_grad():
+                    value.copy_(copy)
 
             self._undo.append(undo)
         elif isinstance(value, np.ndarray):

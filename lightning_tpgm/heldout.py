@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
@@ -31,7 +32,10 @@ class HeldOutBatches:
     Iterators are made when the first batch is drawn and again whenever a pass ends, never by length. Every draw seeds
     the global generators of torch, numpy and python with ``seed`` + number of draws: a shuffling loader or a random
     transform then depends on nothing but ``seed``, and a resumed run draws what an uninterrupted one would have drawn.
-    Call `draw` where the generators' states are isolated.
+    Generators that a loader or its sampler brings along are seeded likewise, and put back after the draw. Call `draw`
+    where the states of the global ones are isolated.
+
+    Not covered are random transforms in workers that persist: their generators go on from pass to pass.
 
     Args:
         loaders: Iterables of batches.
@@ -71,8 +75,8 @@ class HeldOutBatches:
         return batch
 
     def _draw_from(self, iterator: Iterator[HeldOutBatch]) -> HeldOutBatch | None:
-        _seed_generators(self.seed + self.drawn)
-        batch = next(iterator, None)
+        with _seeded(self.seed + self.drawn, self.loaders):
+            batch = next(iterator, None)
         if batch is not None:
             self.drawn, self.position = self.drawn + 1, self.position + 1
         return batch
@@ -82,8 +86,11 @@ class HeldOutBatches:
             sampler = getattr(loader, "sampler", None)
             if isinstance(sampler, DistributedSampler):
                 sampler.set_epoch(self.passes)
-            for batch_idx, batch in enumerate(loader):
-                yield HeldOutBatch(batch, batch_idx, dataloader_idx)
+            if isinstance(loader, CombinedLoader):  # gives all three already
+                yield from map(HeldOutBatch._make, loader)
+            else:
+                for batch_idx, batch in enumerate(loader):
+                    yield HeldOutBatch(batch, batch_idx, dataloader_idx)
 
     def state_dict(self) -> dict[str, int]:
         """Seed and position."""
@@ -99,13 +106,16 @@ class HeldOutBatches:
 Source = Iterable[Any] | Callable[[], Iterable[Any]] | str | None
 
 
-def held_out_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> HeldOutBatches:
+def held_out_batches(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source, state: dict[str, int] | None = None
+) -> HeldOutBatches:
     """The batches that a callback draws, from what the user passed as ``dataloader``; says which data it uses.
 
     Args:
         trainer: Its strategy says which share of the data is this process's.
         pl_module: The module.
         source: A loader, a function that returns one, the import path of either; None: see `default_loaders`.
+        state: What `HeldOutBatches.state_dict` gave, to go on from there.
 
     Raises:
         MisconfigurationException: If the source leads to no loader.
@@ -114,13 +124,16 @@ def held_out_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, source:
         loaders, described = default_loaders(trainer, pl_module)
     else:
         loaders, described = [resolve_loader(source)], "`dataloader`"
-    seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
+    seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62) if state is None else state["seed"]
     replicas = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
     if source is None or (replicas["num_replicas"] > 1 and trainer._accelerator_connector.use_distributed_sampler):
         shuffle = True if source is None else None
         loaders = [rebuild_loader(loader, shuffle=shuffle, seed=seed, **replicas) for loader in loaders]
     rank_zero_info(f"The radii are learned on {described}.")
-    return HeldOutBatches(loaders, seed)
+    batches = HeldOutBatches(loaders, seed)
+    if state is not None:
+        batches.load_state_dict(state)
+    return batches
 
 
 def has_default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
@@ -133,10 +146,19 @@ def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
 
     Returns:
         The loaders and a description of them.
+
+    Raises:
+        MisconfigurationException: If ``tpgm_dataloader()`` gives something that cannot be iterated.
     """
     hook = _tpgm_hook(trainer, pl_module)
     if hook is not None:
-        return CombinedLoader(hook()).flattened, f"tpgm_dataloader() of {type(hook.__self__).__name__}"
+        described, found = f"tpgm_dataloader() of {type(hook.__self__).__name__}", _flat(hook())
+        for loader in found:
+            if not isinstance(loader, Iterable):
+                raise MisconfigurationException(
+                    f"{described} should return a loader, or a collection of them, found {type(loader).__name__}."
+                )
+        return found, described
     loaders = trainer.val_dataloaders
     if loaders is None:  # validation is switched off
         loaders = _validation_source(trainer).dataloader()
@@ -144,7 +166,11 @@ def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
         "the validation data. Choosing radii and checkpoints on the same data makes the validation score optimistic; to"
         " keep them apart pass `dataloader` or define tpgm_dataloader()"
     )
-    return CombinedLoader(loaders).flattened, described
+    return _flat(loaders), described
+
+
+def _flat(loaders: Any) -> list[Any]:
+    return [loaders] if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders).flattened
 
 
 def _tpgm_hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
@@ -193,8 +219,8 @@ def rebuild_loader(
     """A loader like the given one whose batches are this process's share, in an order that depends on ``seed`` alone.
 
     Batch size, collate function and worker settings stay. A loader whose order is its own affair (an iterable data set,
-    a custom sampler or batch sampler, something that is no DataLoader) is returned as it is: then every process draws
-    from all of it.
+    a custom sampler or batch sampler, a DataLoader with an ``__iter__`` of its own, something that is no DataLoader) is
+    returned as it is: then every process draws from all of it.
 
     Args:
         loader: Any iterable of batches.
@@ -205,9 +231,10 @@ def rebuild_loader(
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
-    plain_samplers = (SequentialSampler, RandomSampler, DistributedSampler)
+    plain_loader = type(loader).__iter__ is DataLoader.__iter__
+    plain_sampler = type(loader.sampler) in (SequentialSampler, RandomSampler, DistributedSampler)
     plain_batches = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
-    if not plain_batches or not isinstance(loader.sampler, plain_samplers):
+    if not (plain_loader and plain_sampler and plain_batches):
         return loader
     if shuffle is None:
         shuffle = isinstance(loader.sampler, RandomSampler) or getattr(loader.sampler, "shuffle", False)
@@ -219,7 +246,7 @@ def rebuild_loader(
             "worker_init_fn": loader.worker_init_fn,
             "multiprocessing_context": loader.multiprocessing_context,
             "prefetch_factor": loader.prefetch_factor,
-            "persistent_workers": True,  # passes over a held-out set are short: do not start workers for each
+            "persistent_workers": loader.persistent_workers,
         }
     return DataLoader(
         loader.dataset,
@@ -234,7 +261,24 @@ def rebuild_loader(
     )
 
 
-def _seed_generators(seed: int) -> None:
+@contextmanager
+def _seeded(seed: int, loaders: list[Iterable[Any]]) -> Iterator[None]:
+    """The global generators are seeded, and until exit also those that loaders and samplers bring along."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+    found = [getattr(owner, "generator", None) for loader in loaders for owner in _with_samplers(loader)]
+    generators = {id(generator): generator for generator in found if isinstance(generator, torch.Generator)}
+    states = [(generator, generator.get_state()) for generator in generators.values()]
+    try:
+        for generator, _ in states:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _with_samplers(loader: Any) -> list[Any]:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]

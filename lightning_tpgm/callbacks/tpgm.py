@@ -245,9 +245,7 @@ class TPGMCallback(RadiusCallback):
         parameters = list(self._parameters.values())
         with no_trace(trainer, pl_module):
             if self._held_out is None:
-                self._held_out = held_out_batches(trainer, pl_module, self.dataloader)
-                if self._held_out_state is not None:
-                    self._held_out.load_state_dict(self._held_out_state)
+                self._held_out = held_out_batches(trainer, pl_module, self.dataloader, self._held_out_state)
             loss, grads = self._evaluate(trainer, pl_module, self._held_out.draw(), parameters)
         if loss is None and trainer.world_size == 1:
             return  # "skip this batch"; several processes must go on together: not a number skips it on all of them

@@ -1,0 +1,231 @@
+"""Trains a small module with a method on one or several CPU processes; run by tests/test_distributed.py.
+
+``python -m torch.distributed.run --standalone --nproc-per-node=2 tests/distributed_worker.py FOLDER`` runs all cases in
+one start of the processes and writes what each rank saw to FOLDER.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_tpgm import (
+    DiGraPCallback,
+    FTPCallback,
+    L2SPCallback,
+    SPDCallback,
+    TPGMCallback,
+    WiSEFTCallback,
+)
+
+STEPS = 6  # in two epochs
+GLOBAL_BATCH = 8
+METHODS: dict[str, dict[str, Any]] = {
+    "tpgm_mars": {"class": TPGMCallback, "radius_lr": 0.05},
+    "tpgm_l2": {"class": TPGMCallback, "norm": "l2", "radius_lr": 0.05, "radius_steps": 2},
+    "tpgm_fit_end": {"class": TPGMCallback, "norm": "l2", "radius_steps": 3, "when": "fit_end"},
+    "ftp_mars": {"class": FTPCallback, "k": 0.5},
+    "ftp_l2": {"class": FTPCallback, "norm": "l2"},
+    "digrap": {"class": DiGraPCallback, "omega_lr": 0.3},
+    "spd": {"class": SPDCallback},
+    "l2sp": {"class": L2SPCallback, "strength": 0.3},
+    "wise_ft": {"class": WiSEFTCallback, "alpha": 0.3},
+}
+STRATEGIES = ("ddp", "fsdp2", "tensor_parallel")
+
+
+class Net(nn.Module):
+    """Odd sizes: rows do not divide evenly among processes, and one bias has a single element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 10)
+        self.norm = nn.LayerNorm(10)
+        self.second = nn.Linear(10, 6)
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.norm(self.first(x)))))).squeeze(1)
+
+
+class Module(pl.LightningModule):
+    def __init__(self, strategy: str, optimizer: str = "sgd") -> None:
+        super().__init__()
+        self.strategy, self.optimizer = strategy, optimizer
+        torch.manual_seed(1)
+        self.net = Net().double()  # so that the order of sums does not matter to nine digits
+
+    def configure_model(self) -> None:
+        if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            return
+        if self.strategy == "fsdp2":
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.net.first, mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+        elif self.strategy == "tensor_parallel":
+            plan = {"second": ColwiseParallel(), "head": RowwiseParallel()}
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.log("loss", loss, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(self.parameters(), lr=0.02)
+        return torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9)
+
+
+class Seen(pl.Callback):
+    """What a rank sees after every batch."""
+
+    def __init__(self, callback: pl.Callback) -> None:
+        self.callback = callback
+        self.learned: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, *_: object) -> None:
+        name = "radii" if hasattr(self.callback, "radii") else "omegas"
+        self.learned.append(dict(getattr(self.callback, name, {})))
+
+
+def data(rows: int, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(
+        *(torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((rows, 6), (rows,)))
+    )
+
+
+def full_weights(module: pl.LightningModule) -> dict[str, Tensor]:
+    whole = {}
+    for name, parameter in module.named_parameters():
+        value = parameter.detach()
+        whole[name] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+    return whole
+
+
+def train(
+    strategy: str,
+    method: str,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    own_loader: bool = False,
+    optimizer: str = "sgd",
+    max_steps: int = STEPS,
+    save_to: Path | None = None,
+    resume_from: Path | None = None,
+) -> dict[str, Any]:
+    """One fit; the result holds what this rank saw."""
+    shares = 1 if strategy == "tensor_parallel" else world_size  # its processes see the same batches
+    batch = GLOBAL_BATCH // shares
+    train_set, held_out = data(STEPS * GLOBAL_BATCH, seed=2), data(3 * GLOBAL_BATCH, seed=3)
+    sampler = DistributedSampler(train_set, shares, rank if shares > 1 else 0, shuffle=False)
+    options = {name: value for name, value in METHODS[method].items() if name != "class"}
+    if METHODS[method]["class"] is TPGMCallback and not own_loader:
+        options["dataloader"] = DataLoader(held_out, batch)
+    callback = METHODS[method]["class"](exclude=["net.head.bias"], **options)
+    seen = Seen(callback)
+    module = Module(strategy, optimizer)
+    sizes = (2, 1) if strategy == "fsdp2" else (1, 2)
+    strategies: dict[str, Any] = {
+        "single": "auto",
+        "ddp": DDPStrategy(process_group_backend="gloo"),
+        "ddp_find_unused": DDPStrategy(process_group_backend="gloo", find_unused_parameters=True),
+        "ddp_static": DDPStrategy(process_group_backend="gloo", static_graph=True),
+    }
+    if strategy not in strategies:
+        strategies[strategy] = ModelParallelStrategy(*sizes, save_distributed_checkpoint=False)
+    pl.seed_everything(5, verbose=False)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy=strategies[strategy],
+        max_steps=max_steps,
+        limit_train_batches=STEPS // 2,
+        callbacks=[callback, seen],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=True,
+        num_sanity_val_steps=2,
+    )
+    weights: dict[str, Tensor] = {}
+
+    class Collect(pl.Callback):  # while the processes are together
+        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            weights.update(full_weights(pl_module))
+            if save_to is not None:
+                trainer.save_checkpoint(save_to)
+
+    trainer.callbacks.append(Collect())
+    trainer.fit(
+        module, DataLoader(train_set, batch, sampler=sampler), DataLoader(held_out, batch), ckpt_path=resume_from
+    )
+    return {"weights": weights, "learned": seen.learned, "anchor": {n: _whole(a) for n, a in callback.anchor.items()}}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# saved after the first epoch on the first and resumed on the second
+RESUMED = [("single", "ddp"), ("ddp", "single"), ("single", "fsdp2"), ("fsdp2", "single"), ("fsdp2", "fsdp2")]
+RESUMED_METHODS = ("tpgm_mars", "ftp_mars", "digrap")
+
+
+def cases(folder: Path) -> dict[str, dict[str, Any]]:
+    """What runs on two processes, in order; checkpoints of one process are in the folder already."""
+    found: dict[str, dict[str, Any]] = {}
+    for strategy in STRATEGIES:
+        for method in METHODS:
+            found[f"{strategy}-{method}"] = {"strategy": strategy, "method": method}
+        found[f"{strategy}-own_loader"] = {"strategy": strategy, "method": "tpgm_mars", "own_loader": True}
+        found[f"{strategy}-adamw"] = {"strategy": strategy, "method": "tpgm_l2", "optimizer": "adamw"}
+    for strategy in ("ddp_find_unused", "ddp_static"):
+        found[f"{strategy}-tpgm_mars"] = {"strategy": strategy, "method": "tpgm_mars"}
+    for method in RESUMED_METHODS:
+        for strategy in ("ddp", "fsdp2"):
+            half = {"max_steps": STEPS // 2, "save_to": folder / f"{strategy}-{method}.ckpt"}
+            found[f"{strategy}-{method}-half"] = {"strategy": strategy, "method": method, **half}
+        for first, second in RESUMED:
+            if second != "single":
+                resumed = {"resume_from": folder / f"{first}-{method}.ckpt"}
+                found[f"{first}-{second}-{method}-resumed"] = {"strategy": second, "method": method, **resumed}
+    return found
+
+
+def main(folder: Path) -> None:
+    """All cases on the processes that torchrun started; the results of a rank go to one file."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    torch.set_num_threads(1)
+    results = {}
+    for case, options in cases(folder).items():
+        if rank == 0:
+            print(case, flush=True)
+        results[case] = train(**options, rank=rank, world_size=world_size)
+    torch.save(results, folder / f"rank-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

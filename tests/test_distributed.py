@@ -1,0 +1,106 @@
+"""Invariant 5, "Same everywhere": two processes follow one, and never differ from each other, under every strategy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed_worker import METHODS, RESUMED, RESUMED_METHODS, STEPS, STRATEGIES, cases, train
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the processes talk through gloo on Linux")
+ON_TWO = sorted(name for name in cases(Path()) if not name.endswith("half"))
+Results = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    for method in RESUMED_METHODS:
+        train("single", method, max_steps=STEPS // 2, save_to=folder / f"single-{method}.ckpt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[Results]:
+    """The results of both ranks; a deadlock ends in a time-out, with what the processes had printed."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    root = Path(__file__).parent.parent
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+    }
+    done = subprocess.run(
+        [*launch, str(root / "tests" / "distributed_worker.py"), str(folder)],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def single() -> Any:
+    """One process' run of the same method and data, computed once each."""
+    runs: Results = {}
+
+    def run(**options: Any) -> dict[str, Any]:
+        key = repr(sorted(options.items()))
+        if key not in runs:
+            runs[key] = train("single", **options)
+        return runs[key]
+
+    return run
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for kind in ("weights", "anchor"):
+        assert found[kind].keys() == expected[kind].keys()
+        for name, value in expected[kind].items():
+            torch.testing.assert_close(
+                found[kind][name], value, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    steps = len(found["learned"])  # a resumed run has seen the last ones only
+    for learned, reference in zip(found["learned"], expected["learned"][-steps:], strict=True):
+        assert learned == pytest.approx(reference, rel=1e-8, abs=1e-10, nan_ok=True)
+
+
+@pytest.mark.parametrize("case", ON_TWO)
+def test_same_everywhere_ranks_are_equal_to_the_bit(ranks: list[Results], case: str) -> None:
+    first, second = (results[case] for results in ranks)
+    for kind in ("weights", "anchor"):
+        assert all(torch.equal(first[kind][name], second[kind][name]) for name in first[kind])
+    assert repr(first["learned"]) == repr(second["learned"])  # repr: a radius that is not learned yet is not a number
+
+
+@pytest.mark.parametrize("case", [name for name in ON_TWO if not name.endswith("resumed")])
+def test_same_everywhere_two_processes_follow_one(ranks: list[Results], single: Any, case: str) -> None:
+    options = {name: value for name, value in cases(Path())[case].items() if name != "strategy"}
+    assert_same(ranks[0][case], single(**options))
+
+
+@pytest.mark.parametrize("method", RESUMED_METHODS)
+@pytest.mark.parametrize(("first", "second"), RESUMED)
+def test_same_everywhere_checkpoints_are_portable(
+    ranks: list[Results], folder: Path, single: Any, first: str, second: str, method: str
+) -> None:
+    if second == "single":
+        resumed = train("single", method, resume_from=folder / f"{first}-{method}.ckpt")
+    else:
+        resumed = ranks[0][f"{first}-{second}-{method}-resumed"]
+    assert len(resumed["learned"]) == STEPS // 2
+    assert_same(resumed, single(method=method))
+
+
+def test_every_method_and_strategy_is_covered() -> None:
+    assert {f"{strategy}-{method}" for strategy in STRATEGIES for method in METHODS} <= set(ON_TWO)
