@@ -1,0 +1,76 @@
+# `make demo` shows what the package does, `make test` runs all that CI runs. Both make their own environments.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+VENV_PACKAGE ?= .venv-package
+PYTEST_ARGS ?=
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint tests package demo-quick oldest env clean distclean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed-demo  ## install, then fine-tune the digits example and write its figures
+	$(VENV)/bin/python examples/digits/demo.py
+
+test: lint tests package demo-quick oldest  ## everything that CI runs
+
+lint: $(VENV)/.installed-dev  ## style, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+tests: $(VENV)/.installed-dev  ## tests and doctests with coverage; options in PYTEST_ARGS
+	$(VENV)/bin/pytest --cov $(PYTEST_ARGS)
+
+# The checks run in the root folder with -I: the package that they import is the installed one.
+package: $(VENV)/.installed-dev $(VENV_PACKAGE)/.installed  ## build, look into the wheel, import it with no extras installed
+	rm -rf build dist
+	$(VENV)/bin/python -m build --quiet
+	$(VENV)/bin/python .ci/check_wheel.py dist
+	$(VENV_PACKAGE)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(VENV_PACKAGE)/bin/python -m pip check
+	cd / && "$(abspath $(VENV_PACKAGE))/bin/python" -I -W error "$(CURDIR)/.ci/check_installed.py"
+
+demo-quick: $(VENV)/.installed-dev  ## the demo at its smallest: that it runs, not what it finds
+	$(VENV)/bin/python examples/digits/demo.py --seeds 1 --epochs 1 --output demo_output/quick
+
+oldest: $(VENV_OLDEST)/.installed  ## the tests against the oldest supported lightning
+	$(VENV_OLDEST)/bin/pytest $(PYTEST_ARGS)
+
+env: $(VENV)/.installed-dev  ## the development environment only
+
+clean:  ## remove what builds, tests and the demo wrote
+	rm -rf build dist demo_output lightning_logs htmlcov .coverage .coverage.* *.egg-info
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+distclean: clean  ## remove the environments as well
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_PACKAGE)
+
+# An environment is made when it is absent, and installed again when a file that decides its content changed.
+# lightning_tpgm/__init__.py holds the version, which the installed metadata repeat.
+%/bin/python:
+	$(PYTHON) -m venv $*
+
+.PRECIOUS: %/bin/python
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt lightning_tpgm/__init__.py | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-demo: pyproject.toml constraints.txt lightning_tpgm/__init__.py | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[examples]'
+	touch $@
+
+$(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt lightning_tpgm/__init__.py | $(VENV_OLDEST)/bin/python
+	$(VENV_OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[test]'
+	touch $@
+
+# The dependencies without any extra; the wheel itself follows in `package`.
+$(VENV_PACKAGE)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV_PACKAGE)
+	$(VENV_PACKAGE)/bin/python -m pip install --quiet -c constraints.txt .
+	touch $@

@@ -1,0 +1,158 @@
+"""Properties of the projection and of the radius's gradient, on drawn tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import reference
+from lightning_tpgm.norms import deviation, row_distance
+from lightning_tpgm.projection import EPS, MIN_RADIUS, legal_radius, project, radius_gradient, ratio
+from properties import (
+    assert_idempotent,
+    assert_same_direction,
+    assert_tensor_inside_ball,
+    assert_unchanged,
+    distances,
+    resolution,
+)
+
+SHAPES = [(), (1,), (5,), (1, 4), (4, 1), (3, 4), (2, 3, 2), (3, 2, 2, 2)]
+draws = settings(max_examples=80, deadline=None)
+
+
+class Case(NamedTuple):
+    weight: Tensor
+    anchor: Tensor
+    norm: str
+
+    def distance(self) -> Tensor:
+        return row_distance(deviation(self.weight, self.anchor), self.norm)
+
+    def project(self, weight: Tensor, radius: float | Tensor) -> Tensor:
+        """The composition that the callbacks use."""
+        distance = row_distance(deviation(weight, self.anchor), self.norm)
+        return project(weight, self.anchor, ratio(torch.as_tensor(radius, dtype=distance.dtype), distance))
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtypes: tuple = (torch.float32, torch.float64, torch.bfloat16, torch.float16)) -> Case:
+    """A weight and its anchor: any norm, shape, dtype, and scales of the anchor and of the deviation; some rows still."""
+    dtype, norm, shape = draw(st.sampled_from(dtypes)), draw(st.sampled_from(["mars", "l2"])), draw(st.sampled_from(SHAPES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    anchor = torch.randn(shape, generator=generator, dtype=torch.float64) * 10.0 ** draw(st.integers(-3, 2))
+    moved = torch.randn(shape, generator=generator, dtype=torch.float64) * 10.0 ** draw(st.integers(-4, 2))
+    if shape and draw(st.booleans()):
+        moved[0] = 0
+    return Case((anchor + moved).to(dtype), anchor.to(dtype), norm)
+
+
+@draws
+@given(cases(), st.floats(1.001, 1e3))
+def test_inside_is_unchanged_to_the_bit(case: Case, factor: float) -> None:
+    radius = (float(case.distance().amax()) + EPS) * factor
+    assert_unchanged(lambda weight: case.project(weight, radius), case.weight)
+
+
+@draws
+@given(cases())
+def test_on_the_boundary_only_eps_is_lost(case: Case) -> None:
+    """A row at distance n = gamma moves by the eps of the denominator at most."""
+    for n in case.distance().flatten().tolist():
+        projected = case.project(case.weight, n)
+        assert_tensor_inside_ball(projected, case.anchor, n, case.norm)
+        at_n = (case.distance().flatten() == n).tolist()
+        moved = distances(projected.double() - case.weight.double(), case.norm)
+        rounding = resolution(case.weight, case.anchor, case.norm)
+        assert all(m <= 1.01 * EPS + r for m, r, here in zip(moved, rounding, at_n, strict=True) if here)
+
+
+@draws
+@given(cases(), st.floats(0, 0.999))
+def test_outside_lands_on_the_sphere(case: Case, fraction: float) -> None:
+    """The farthest row ends at the radius, every row inside the ball, each in its direction, as in float64."""
+    largest = float(case.distance().amax())
+    assume(largest > 1e-5)
+    radius = fraction * largest
+    projected = case.project(case.weight, radius)
+
+    assert projected.dtype == case.weight.dtype
+    assert projected.shape == case.weight.shape
+    assert_tensor_inside_ball(projected, case.anchor, radius, case.norm)
+    assert_same_direction(lambda weight: case.project(weight, radius), case.weight, case.anchor, case.norm)
+    assert_idempotent(lambda weight: case.project(weight, radius), case.weight, case.anchor, case.norm)
+    after = distances(projected.double() - case.anchor.double(), case.norm)
+    rounding = max(resolution(projected, case.anchor, case.norm))
+    assert max(after) >= radius * (1 - 1e-5) - 1.01 * EPS - rounding
+    expected = reference.project(case.anchor, case.weight, radius, case.norm)
+    atol = 2 * torch.finfo(case.weight.dtype).eps * float(case.weight.abs().maximum(case.anchor.abs()).amax())
+    torch.testing.assert_close(projected.double(), expected, rtol=1e-5, atol=atol)
+
+
+@draws
+@given(cases(), st.floats(0, 10))
+def test_zero_deviation_is_finite(case: Case, radius: float) -> None:
+    """A tensor that has not moved stays, whatever its radius (0 included), and its radius has gradient 0."""
+    still = case._replace(weight=case.anchor)
+    assert torch.equal(still.distance(), torch.zeros_like(still.distance()))
+    assert_unchanged(lambda weight: still.project(weight, radius), still.weight)
+    assert torch.isfinite(ratio(torch.tensor(radius), still.distance())).all()
+    gradient = radius_gradient(
+        torch.ones_like(still.weight), still.weight, still.anchor, still.distance(), torch.tensor(radius), still.norm
+    )
+    assert gradient == 0
+
+
+@draws
+@given(cases(dtypes=(torch.float64,)), st.floats(0.01, 1.2), st.integers(0, 2**31))
+def test_gradient_of_the_radius_against_finite_differences(case: Case, fraction: float, seed: int) -> None:
+    """Central differences of gamma -> Loss(W0 + r D) in float64, away from the corners at gamma = n."""
+    distance = case.distance()
+    largest = float(distance.amax())
+    assume(largest > 1e-3)
+    radius = fraction * largest
+    assume(bool(((distance - radius).abs() > 1e-4 * largest).all()))
+    generator = torch.Generator().manual_seed(seed)
+    linear = torch.randn(case.weight.shape, generator=generator, dtype=torch.float64)
+
+    def loss(weight: Tensor) -> Tensor:
+        return ((weight - case.anchor) / largest * linear).sin().sum() + (linear * weight / largest).sum()
+
+    at = case.project(case.weight, radius).requires_grad_()
+    (grad,) = torch.autograd.grad(loss(at), at)
+    found = radius_gradient(grad, case.weight, case.anchor, distance, torch.tensor(radius).double(), case.norm)
+
+    h = 1e-6 * largest
+    plus, minus = (loss(case.project(case.weight, radius + side * h)) for side in (1, -1))
+    expected = float(plus - minus) / (2 * h)
+    scale = float(linear.abs().sum()) / largest
+    assert float(found) == pytest.approx(expected, rel=1e-5, abs=1e-6 * scale * max(1.0, float(case.anchor.abs().amax()) / largest))
+
+
+@draws
+@given(cases(), st.floats(0.01, 0.99))
+def test_gradient_of_the_radius_against_the_reference(case: Case, fraction: float) -> None:
+    distance = case.distance()
+    radius = torch.tensor(fraction * float(distance.amax()), dtype=distance.dtype)
+    assume(bool(((distance - radius).abs() > 1e-5 * distance.amax()).all()))
+    grad = torch.cos(3 * case.weight.double()).to(case.weight.dtype)
+    found = radius_gradient(grad, case.weight, case.anchor, distance, radius, case.norm)
+    moved = case.weight.double() - case.anchor.double()
+    expected = reference.radius_gradient(grad, moved, float(radius), case.norm)
+    assert found.dtype == distance.dtype
+    assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@draws
+@given(st.floats(-10, 10), st.floats(0, 10))
+def test_legal_radius(radius: float, largest: float) -> None:
+    found = float(legal_radius(*torch.tensor([[radius], [largest]], dtype=torch.float64)))
+    assert found <= largest
+    assert found >= min(MIN_RADIUS, largest)
+    if MIN_RADIUS <= radius <= largest:
+        assert found == radius
