@@ -1,52 +1,23 @@
-"""The module's own loss on a held-out batch, and its gradient, leaving no trace."""
+"""The module's own loss on a held-out batch, and its gradient."""
 
 from __future__ import annotations
 
-import random
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSet, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from types import FunctionType, MethodType, ModuleType
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torchmetrics import Metric
 
 from lightning_tpgm.heldout import HeldOutBatch
+from lightning_tpgm.isolation import isolated_generators
 from lightning_tpgm.sharding import is_fsdp2
 
 Loss = Literal["validation_step"] | Callable[[pl.LightningModule, Any], Tensor] | None
-
-
-@contextmanager
-def no_trace(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Everything that running the module's step changes is put back on exit, also when it raises.
-
-    Inside, every module is in eval mode and metrics are empty. Put back are: the generators of torch, numpy and python;
-    the train / eval flag, buffers and attributes of every module (numbers, tensors, arrays, containers at any depth,
-    generators, and the attributes of objects that hang on a module), and with them the states of metrics;
-    nothing reaches `self.log` or the loggers. The module's parameters are the caller's business.
-
-    Not put back: what the step does to the outside world (files, printed text, its own threads) and tensors inside
-    containers that are changed in place.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(_isolated_generators())
-        stack.enter_context(_silent(trainer, pl_module))
-        stack.enter_context(_unchanged(pl_module))
-        pl_module.eval()
-        for module in pl_module.modules():
-            if isinstance(module, Metric):
-                module.reset()
-        yield
 
 
 class HeldOutLoss:
@@ -77,9 +48,26 @@ class HeldOutLoss:
         Raises:
             MisconfigurationException: If what came back is no scalar loss, or has no gradient.
         """
-        by_backward = self._by_backward or any(is_fsdp2(module) for module in pl_module.modules())
+        if not self._by_backward and not any(is_fsdp2(module) for module in pl_module.modules()):
+            try:
+                with isolated_generators():  # a second attempt draws the same random numbers
+                    return self._evaluate(trainer, pl_module, drawn, parameters, by_backward=False)
+            except RuntimeError as error:
+                if "checkpoint" not in str(error):
+                    raise
+                self._by_backward = True  # reentrant activation checkpointing refuses autograd.grad
+        return self._evaluate(trainer, pl_module, drawn, parameters, by_backward=True)
+
+    def _evaluate(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        drawn: HeldOutBatch,
+        parameters: Sequence[Tensor],
+        by_backward: bool,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
         aside = _grads_put_aside(pl_module) if by_backward else nullcontext()
-        with torch.inference_mode(False), torch.enable_grad(), _trainable(parameters), aside:
+        with torch.inference_mode(False), torch.enable_grad(), _fresh_casts(), _trainable(parameters), aside:
             loss = self._value(trainer, pl_module, drawn)
             if loss is None:
                 return None, [None for _ in parameters]
@@ -89,13 +77,7 @@ class HeldOutLoss:
                 torch.autograd.backward(loss * scale)
                 grads = [parameter.grad for parameter in parameters]
             else:
-                try:
-                    grads = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
-                except RuntimeError as error:
-                    if "checkpoint" not in str(error):
-                        raise
-                    self._by_backward = True  # reentrant activation checkpointing refuses autograd.grad
-                    return self(trainer, pl_module, drawn, parameters)
+                grads = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
         return loss.detach(), [None if grad is None else grad / scale for grad in grads]
 
     def _value(self, trainer: pl.Trainer, pl_module: pl.LightningModule, drawn: HeldOutBatch) -> Tensor | None:
@@ -134,6 +116,21 @@ def _loss_scale(trainer: pl.Trainer, loss: Tensor) -> Tensor:
 
 
 @contextmanager
+def _fresh_casts() -> Iterator[None]:
+    """Autocast neither uses nor keeps casts of weights.
+
+    In manual optimization the optimizer steps within the autocast region of the training step, whose casts are those of
+    the weights before the step.
+    """
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+@contextmanager
 def _trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
     """All parameters require a gradient, also those that a toggled optimizer has switched off."""
     switched_off = [parameter for parameter in parameters if not parameter.requires_grad]
@@ -163,193 +160,20 @@ def _grads_put_aside(module: nn.Module) -> Iterator[None]:
 
 
 def _run_step(step: Callable[..., Any], drawn: HeldOutBatch) -> Any:
-    """Call a step with the arguments that its signature asks for, by Lightning's own rule."""
+    """Call a step with the arguments that its signature asks for, by Lightning's own rule.
+
+    A third argument is the loader's index if it is named so or has no default; else it is an affair of the module's.
+    """
     if not is_param_in_hook_signature(step, "batch_idx", min_args=2):
         return step(drawn.batch)
-    if not is_param_in_hook_signature(step, "dataloader_idx", explicit=True, min_args=3):
-        return step(drawn.batch, drawn.batch_idx)
-    return step(drawn.batch, drawn.batch_idx, drawn.dataloader_idx)
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    third = [p for p in inspect.signature(step).parameters.values() if p.kind in by_position][2:3]
+    if any(p.name == "dataloader_idx" or p.default is p.empty for p in third):
+        return step(drawn.batch, drawn.batch_idx, drawn.dataloader_idx)
+    return step(drawn.batch, drawn.batch_idx)
 
 
 def _describe(output: Any) -> str:
     if isinstance(output, Mapping):
         return f"a dict with the keys {list(output)}"
     return f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else repr(type(output).__name__)
-
-
-@contextmanager
-def _isolated_generators() -> Iterator[None]:
-    """`isolate_rng` that also restores when the body raises."""
-    isolation = isolate_rng()
-    isolation.__enter__()
-    try:
-        yield
-    finally:
-        isolation.__exit__(None, None, None)
-
-
-@contextmanager
-def _silent(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Nothing is logged: neither through `self.log` of the module and its parts nor through the loggers."""
-    modules = [module for module in pl_module.modules() if isinstance(module, pl.LightningModule)]
-    own: list[dict[str, Any]] = [{k: vars(m)[k] for k in ("log", "log_dict") if k in vars(m)} for m in modules]
-    loggers = trainer.loggers
-    # for parts that were given the bound method `log`: what they log is thrown away
-    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
-    results, current_fx = loop._results, connector._current_fx
-    try:
-        loop._results = type(results)(training=True)
-        loop._results.batch, loop._results.batch_size = results.batch, results.batch_size
-        trainer.loggers = [DummyLogger() for _ in loggers]
-        for module in modules:
-            vars(module).update(log=_ignore, log_dict=_ignore)
-        yield
-    finally:
-        for module, names in zip(modules, own, strict=True):
-            for name in ("log", "log_dict"):
-                vars(module).pop(name, None)
-            vars(module).update(names)
-        trainer.loggers = loggers
-        loop._results, connector._current_fx = results, current_fx
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    pass
-
-
-@contextmanager
-def _unchanged(root: nn.Module) -> Iterator[None]:
-    """Flags, buffers and attributes of all modules are as before on exit."""
-    modules = list(root.modules())
-    flags = [module.training for module in modules]
-    memory = _Memory()
-    for module in modules:
-        memory.keep_module(module)
-    try:
-        yield
-    finally:
-        memory.restore()
-        for module, training in zip(modules, flags, strict=True):
-            if module.training != training:
-                module.training = training
-
-
-class _Memory:
-    """Remembers values so that each can be restored *in place*: whoever else holds them sees them restored too."""
-
-    _MODULE_STATE = frozenset(vars(nn.Module())) - {"_buffers"}  # torch's own bookkeeping
-    _ATOMS = (int, float, complex, str, bytes, Tensor, type(None))
-    _OPAQUE = (type, ModuleType, FunctionType, MethodType, pl.Trainer, pl.LightningDataModule, torch.utils.data.Dataset)
-    _FOREIGN = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy"})
-
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
-        self._seen: dict[int, Any] = {}
-
-    def restore(self) -> None:
-        for undo in reversed(self._undo):
-            undo()
-
-    def keep_module(self, module: nn.Module) -> None:
-        if id(module) in self._seen:
-            return
-        self._seen[id(module)] = module
-        for buffer in module.buffers(recurse=False):
-            self._keep_array(buffer)
-        if isinstance(module, torch.jit.ScriptModule):
-            return  # its attributes live in TorchScript
-        self._keep_mapping(vars(module))
-        self._keep_mapping(module._buffers)
-        for name, value in vars(module).items():
-            if name not in self._MODULE_STATE:
-                self._keep_array(value)
-                self._keep(value)
-
-    def _keep(self, value: Any, inside_object: bool = False) -> None:
-        """Remember what a container or object holds; tensors and arrays in it by reference only."""
-        if isinstance(value, self._ATOMS) or id(value) in self._seen:
-            return
-        if isinstance(value, nn.Module):  # one that is hidden in a container, with its parts
-            for module in value.modules():
-                self.keep_module(module)
-            return
-        self._seen[id(value)] = value
-        parts: Any = ()
-        if isinstance(value, MutableMapping):
-            self._keep_mapping(value)
-            parts = value.values()
-        elif isinstance(value, list | deque):
-            self._keep_sequence(value)
-            parts = value
-        elif isinstance(value, tuple):
-            parts = value
-        elif isinstance(value, MutableSet):
-            self._keep_set(value)
-        elif isinstance(value, torch.Generator):
-            self._later(value.set_state, value.get_state())
-        elif isinstance(value, random.Random):
-            self._later(value.setstate, value.getstate())
-        elif isinstance(value, np.random.Generator):
-            self._later(lambda state: setattr(value.bit_generator, "state", state), value.bit_generator.state)
-        elif isinstance(value, np.random.RandomState):
-            self._later(value.set_state, value.get_state())
-        elif not inside_object and self._is_users_object(value):
-            self._keep_mapping(vars(value))
-            parts, inside_object = vars(value).values(), True
-            for part in parts:
-                self._keep_array(part)
-        for part in parts:
-            self._keep(part, inside_object)
-
-    def _is_users_object(self, value: Any) -> bool:
-        package = type(value).__module__.partition(".")[0]
-        return hasattr(value, "__dict__") and not isinstance(value, self._OPAQUE) and package not in self._FOREIGN
-
-    def _later(self, undo: Callable[[Any], Any], argument: Any) -> None:
-        self._undo.append(lambda: undo(argument))
-
-    def _keep_array(self, value: Any) -> None:
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
-            copy = value.detach().clone()
-            # a graph of the training step that is still in use finds the version that it saw
-            version = _unsafe_preserve_version_counter(value)
-
-            def undo() -> None:  # whatever the version says: BatchNorm does not count its changes there
-                with version, torch.no_grad():
-                    value.copy_(copy)
-
-            self._undo.append(undo)
-        elif isinstance(value, np.ndarray):
-            self._later(lambda kept: np.copyto(value, kept), value.copy())
-
-    def _keep_mapping(self, value: MutableMapping[Any, Any]) -> None:
-        kept = dict(value)
-
-        def undo() -> None:
-            if list(value) != list(kept):  # also the order: names of buffers and metrics
-                value.clear()
-                value.update(kept)
-            for key, item in kept.items():
-                if value[key] is not item:
-                    value[key] = item
-
-        self._undo.append(undo)
-
-    def _keep_sequence(self, value: list[Any] | deque[Any]) -> None:
-        kept = list(value)
-
-        def undo() -> None:
-            value.clear()
-            value.extend(kept)
-
-        self._undo.append(undo)
-
-    def _keep_set(self, value: MutableSet[Any]) -> None:
-        kept = list(value)
-
-        def undo() -> None:
-            value.clear()
-            for item in kept:
-                value.add(item)
-
-        self._undo.append(undo)

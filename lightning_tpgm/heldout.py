@@ -57,7 +57,7 @@ class HeldOutBatches:
             MisconfigurationException: If a whole pass gives no batch.
         """
         if self._iterator is None:
-            self._iterator = self._pass()
+            self._iterator = _one_pass(self.loaders, self.passes)
             # the state may be that of an interrupted run: go to its position by drawing again what it drew
             position, self.drawn, self.position = self.position, self.drawn - self.position, 0
             for _ in range(position):
@@ -65,7 +65,7 @@ class HeldOutBatches:
         batch = self._draw_from(self._iterator)
         if batch is None:
             self.passes, self.position = self.passes + 1, 0
-            self._iterator = self._pass()
+            self._iterator = _one_pass(self.loaders, self.passes)
             batch = self._draw_from(self._iterator)
         if batch is None:
             raise MisconfigurationException(
@@ -81,17 +81,6 @@ class HeldOutBatches:
             self.drawn, self.position = self.drawn + 1, self.position + 1
         return batch
 
-    def _pass(self) -> Iterator[HeldOutBatch]:
-        for dataloader_idx, loader in enumerate(self.loaders):
-            sampler = getattr(loader, "sampler", None)
-            if isinstance(sampler, DistributedSampler):
-                sampler.set_epoch(self.passes)
-            if isinstance(loader, CombinedLoader):  # gives all three already
-                yield from map(HeldOutBatch._make, loader)
-            else:
-                for batch_idx, batch in enumerate(loader):
-                    yield HeldOutBatch(batch, batch_idx, dataloader_idx)
-
     def state_dict(self) -> dict[str, int]:
         """Seed and position."""
         return {"seed": self.seed, "drawn": self.drawn, "passes": self.passes, "position": self.position}
@@ -101,6 +90,19 @@ class HeldOutBatches:
         self.seed, self.drawn = state["seed"], state["drawn"]
         self.passes, self.position = state["passes"], state["position"]
         self._iterator = None
+
+
+def _one_pass(loaders: list[Iterable[Any]], passes: int) -> Iterator[HeldOutBatch]:
+    """All batches once; no method, since a cycle of references would keep workers alive until a garbage collection."""
+    for dataloader_idx, loader in enumerate(loaders):
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(passes)
+        if isinstance(loader, CombinedLoader):  # gives all three already
+            yield from map(HeldOutBatch._make, loader)
+        else:
+            for batch_idx, batch in enumerate(loader):
+                yield HeldOutBatch(batch, batch_idx, dataloader_idx)
 
 
 Source = Iterable[Any] | Callable[[], Iterable[Any]] | str | None

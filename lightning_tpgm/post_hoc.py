@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained, capture, match_names, read_file, read_pretrained, state_dict_in
-from lightning_tpgm.callbacks.base import configuration_errors
+from lightning_tpgm.callbacks.base import check
 from lightning_tpgm.callbacks.tpgm import TPGMCallback
 from lightning_tpgm.evaluation import Loss
 from lightning_tpgm.norms import Norm
-from lightning_tpgm.selection import clean_name, constrainable
+from lightning_tpgm.selection import clean_name
 from lightning_tpgm.sharding import full, local, reshard
 
 if TYPE_CHECKING:
@@ -74,6 +76,8 @@ def project_checkpoint(
         raise MisconfigurationException(
             f"`output` should be of the same kind as `finetuned` ({finetuned.suffix!r}), found {output.suffix!r}."
         )
+    check(output.parent.is_dir(), "output", "in an existing folder", str(output))
+    check(pretrained is not None, "pretrained", "a path, a mapping of tensors by name or a module", pretrained)
     callback = _ProjectCheckpoint(
         finetuned,
         dataloader,
@@ -87,7 +91,12 @@ def project_checkpoint(
     )
     if trainer is None:
         trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_model_summary=False)
-    with _without_training(trainer, callback):
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise MisconfigurationException(
+            "`trainer` should run in the process that calls it, found a strategy that starts its processes as functions"
+            " (ddp_spawn, ddp_notebook), which keep what they learned to themselves. Pass strategy='ddp'."
+        )
+    with _without_training(trainer, model, callback):
         trainer.fit(model, train_dataloaders=[()])
     if trainer.is_global_zero:
         _write(finetuned, output, callback.projected)
@@ -105,54 +114,81 @@ class _ProjectCheckpoint(TPGMCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = self._load(pl_module)
+        loaded = self._load(pl_module)
         self._begin(trainer, pl_module)
         self.constrain_now(trainer, pl_module)
-        self.projected = {names[name]: full(parameter.detach()).cpu() for name, parameter in self._parameters.items()}
+        projected = {id(parameter): full(parameter.detach()).cpu() for parameter in self._parameters.values()}
+        self.projected = {name: projected[id(tensor)] for name, tensor in loaded.items() if id(tensor) in projected}
 
-    def _load(self, pl_module: pl.LightningModule) -> dict[str, str]:
-        """Load the fine-tuned weights, and say under which name each is found in their file."""
+    def _load(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+        """Load the fine-tuned weights and buffers, and say which tensor of the module is found under which name.
+
+        The file may hold a tied parameter under each of its names.
+        """
         reshard(pl_module)
-        with configuration_errors():
-            tensors = read_pretrained(self.finetuned)
-            targets = constrainable(pl_module, buffers=True)
-            names = match_names(tensors, targets, self._report)
-        missing = [
-            name for name, _ in pl_module.named_parameters() if clean_name(name) in targets.keys() - names.keys()
+        named = [
+            *pl_module.named_parameters(remove_duplicate=False),
+            *pl_module.named_buffers(remove_duplicate=False),
         ]
+        targets = {clean_name(name): tensor for name, tensor in named}
+        try:
+            tensors = read_pretrained(self.finetuned)
+            names = match_names(tensors, targets, report=lambda text: None)
+        except (ValueError, OSError, ImportError) as error:
+            raise MisconfigurationException(str(error).replace("`pretrained`", "`finetuned`")) from error
+        found = {id(targets[name]) for name in names}
+        expected = [clean_name(name) for name in pl_module.state_dict()]  # knows of buffers that are never saved
+        missing = [name for name in expected if name in targets and id(targets[name]) not in found]
         if missing:
             raise MisconfigurationException(
                 f"`finetuned` {str(self.finetuned)!r} should hold all weights of {type(pl_module).__name__}, and lacks"
-                f" {missing}. Pass the module that was fine-tuned."
+                f" {missing}, or has them in another shape. Pass the module that was fine-tuned."
             )
         with torch.no_grad():
             for name, source in names.items():
                 local(targets[name]).copy_(local(capture(tensors[source], targets[name])))
-        return names
+        return {source: targets[name] for name, source in names.items()}
 
 
 @contextmanager
-def _without_training(trainer: pl.Trainer, callback: pl.Callback) -> Iterator[None]:
-    """A fit of this trainer sets everything up for the callback and trains on nothing."""
+def _without_training(trainer: pl.Trainer, model: pl.LightningModule, callback: pl.Callback) -> Iterator[None]:
+    """A fit of this trainer sets everything up for the callback, trains on nothing and logs nothing.
+
+    The module's own optimizers are not made: their schedules may need the number of steps.
+    """
     attributes: dict[str, Any] = vars(trainer)
     kept = {name: attributes[name] for name in ("limit_train_batches", "limit_val_batches", "callbacks")}
     progress = [bar for bar in [trainer.progress_bar_callback] if bar is not None]
+    loggers, loop = trainer.loggers, trainer.fit_loop
+    epochs = loop.min_epochs, loop.max_epochs
+    optimizers = {name: value for name, value in vars(model).items() if name == "configure_optimizers"}
     try:
         attributes.update(limit_train_batches=0, limit_val_batches=0, callbacks=[callback, *progress])
+        trainer.loggers = [DummyLogger()]
+        loop.min_epochs, loop.max_epochs = None, 1
+        vars(model)["configure_optimizers"] = lambda: torch.optim.SGD(model.parameters(), lr=0.0)
         yield
     finally:
+        del vars(model)["configure_optimizers"]
+        vars(model).update(optimizers)
+        loop.min_epochs, loop.max_epochs = epochs
+        trainer.loggers = loggers
         attributes.update(kept)
 
 
 def _write(finetuned: Path, output: Path, projected: dict[str, Tensor]) -> None:
     content = read_file(finetuned)
     state = state_dict_in(content)
-    for name, value in list(state.items()):
-        if clean_name(name) in projected:
-            state[name] = projected[clean_name(name)].to(value.dtype)  # type: ignore[index]  # read as a dict
+    with torch.no_grad():
+        for name, value in state.items():
+            if clean_name(name) in projected:
+                value.copy_(projected[clean_name(name)])
     if output.suffix == ".safetensors":
+        from safetensors import safe_open
         from safetensors.torch import save_file
 
-        save_file(dict(state), output)
+        with safe_open(finetuned, "pt") as file:
+            metadata = file.metadata()
+        save_file(dict(state), output, metadata)
     else:
         torch.save(content, output)

@@ -36,7 +36,7 @@ def assert_same(found: Any, expected: Any, path: str = "") -> None:
         for i, (a, b) in enumerate(zip(found, expected, strict=True)):
             assert_same(a, b, f"{path}[{i}]")
     else:
-        assert found == expected or found != found != expected != expected, f"{path}: {found!r} is not {expected!r}"  # noqa: PLR0124
+        assert found == expected or found != found != expected != expected, f"{path}: {found!r} is not {expected!r}"
 
 
 def distances(deviation: Tensor, norm: str) -> list[float]:
@@ -75,14 +75,14 @@ def assert_inside_ball(
     Args:
         module: A module or its state dict.
         anchors: W0 by parameter name.
-        radii: gamma by parameter name, of exactly the anchored ones. A radius that is not a number yet, before the first
-            step that its parameter takes part in, constrains nothing.
+        radii: gamma by parameter name, of exactly the anchored ones. A radius that is not a number yet, before the
+            first step that its parameter takes part in, constrains nothing.
         norm: ``"mars"`` or ``"l2"``.
     """
     weights = dict(module.named_parameters()) if isinstance(module, nn.Module) else module
     assert set(anchors) == set(radii)
     for name, radius in radii.items():
-        if radius == radius:  # noqa: PLR0124  # not NaN
+        if radius == radius:  # not NaN
             assert_tensor_inside_ball(weights[name], anchors[name], radius, norm, name)
 
 
@@ -90,11 +90,11 @@ Project = Callable[[Tensor], Tensor]
 
 
 def assert_idempotent(project: Project, weight: Tensor, anchor: Tensor, norm: str) -> None:
-    """Projecting twice is projecting once, up to the 1e-8 that the ratio adds to a distance and the resolution."""
+    """Projecting twice is projecting once, up to the 1e-8 that the ratio adds to a distance and some roundings."""
     once = project(weight)
     moved = distances(project(once).double() - once.double(), norm)
     for distance, rounding in zip(moved, resolution(once, anchor, norm), strict=True):
-        assert distance <= 1.01e-8 + rounding
+        assert distance <= 1.01e-8 + 4 * rounding
 
 
 def assert_unchanged(project: Project, weight: Tensor) -> None:

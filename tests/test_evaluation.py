@@ -19,7 +19,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lightning_tpgm import TPGMCallback
-from lightning_tpgm.evaluation import HeldOutLoss, no_trace
+from lightning_tpgm.evaluation import HeldOutLoss
+from lightning_tpgm.isolation import no_trace
 from lightning_tpgm.heldout import HeldOutBatch
 from zoo import Blobs, Classifier, assert_identical, blobs, classifier_loss, quiet_trainer, weights_of
 
@@ -444,6 +445,19 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant: bool, tmp_path: P
     for parameter, grad, value in kept:
         assert parameter.grad is grad
         assert torch.equal(grad, value)
+
+
+def test_hooks_of_the_users_gradients_do_not_run(tmp_path: Path) -> None:
+    """An optimizer that steps in the backward pass, or the reduction over processes, hangs on such hooks."""
+    module, count = Classifier(), [0]
+
+    def hook(parameter: Tensor) -> None:
+        count[0] += 1
+
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(hook)
+    evaluate(tmp_path, module)
+    assert count == [4]  # those of the training step
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -98,7 +98,7 @@ def watch(callback: TPGMCallback, module: pl.LightningModule) -> tuple[Look, Cou
 
     def look(place: str) -> None:
         radii = callback.radii
-        if not radii or any(radius != radius for radius in radii.values()):  # noqa: PLR0124  # before the first step
+        if not radii or any(radius != radius for radius in radii.values()):  # before the first step
             return
         seen[place] += 1
         anchors = {name: start[name].to(parameter.dtype) for name, parameter in module.named_parameters()}
@@ -173,7 +173,7 @@ def test_inside_ball_in_every_checkpoint(tmp_path: Path) -> None:
         state = checkpoint["callbacks"][callback.state_key]
         radii = dict(zip(state["method"]["radii"]["names"], state["method"]["radii"]["value"].tolist(), strict=True))
         assert len(radii) == 11
-        assert all(radius == radius for radius in radii.values())  # noqa: PLR0124
+        assert all(radius == radius for radius in radii.values())
         assert_inside_ball(checkpoint["state_dict"], state["anchor"], radii, callback.norm)
 
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tpgm import TPGMCallback
@@ -24,7 +24,6 @@ from toys import (
     adamw,
     images,
     quiet_trainer,
-    sgd,
     toy,
     train_loader,
     val_loader,
@@ -229,9 +228,9 @@ def test_exact_resume_however_it_stops(how: str, tmp_path: Path) -> None:
     assert_same(resumed(TPGMCallback, checkpoint, tmp_path, **options), expected)
 
 
-
-
-@pytest.mark.filterwarnings("ignore:.*was called without a model:UserWarning", "ignore:.*no last checkpoint:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*was called without a model:UserWarning", "ignore:.*no last checkpoint:UserWarning"
+)
 def test_exact_resume_by_lightnings_on_exception_checkpoint(tmp_path: Path) -> None:
     """Its way: the same trainer arguments again, and the last checkpoint is found by itself."""
     expected = uninterrupted(TPGMCallback, tmp_path)
@@ -313,7 +312,7 @@ def test_exact_resume_for_more_epochs(tmp_path: Path) -> None:
 
 
 def test_state_is_plain(tmp_path: Path) -> None:
-    """Files load with weights_only=True: no numpy scalars, no classes; tensors on the CPU; nothing shared with the run."""
+    """Files load with weights_only=True: no numpy scalars, no classes; tensors on the CPU."""
     module, callback = resumable(0), TPGMCallback()
     trainer = quiet_trainer(callback)
     trainer.fit(module)

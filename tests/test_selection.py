@@ -96,7 +96,7 @@ def test_any_name_of_a_tied_parameter_excludes_it(pattern: str) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own import
 def test_compiled_names() -> None:
     module = nn.ModuleDict({"model": torch.compile(net())})
-    assert list(module.state_dict())[0] == "model._orig_mod.0.weight"
+    assert next(iter(module.state_dict())) == "model._orig_mod.0.weight"
     assert list(constrainable(module)) == ["model.0.weight", "model.0.bias", "model.1.weight", "model.1.bias"]
     assert list(constrainable(module, ["model.1.*"])) == ["model.0.weight", "model.0.bias"]
     assert list(constrainable(module, ["model._orig_mod.1.*"])) == ["model.0.weight", "model.0.bias"]

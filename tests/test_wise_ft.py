@@ -26,6 +26,11 @@ def state(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
+def interpolated(pretrained: dict[str, Tensor], finetuned: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """What the reference gives, in the dtypes of the module."""
+    return {name: value.to(finetuned[name].dtype) for name, value in wise_ft(pretrained, finetuned, alpha).items()}
+
+
 def trained(*callbacks: pl.Callback, seed: int = 0, **options: Any) -> Toy:
     """A fine-tuned toy; the same one whatever acts at the end of the fit."""
     module = toy(seed)
@@ -52,9 +57,8 @@ def test_endpoints_equal_the_two_models_to_the_bit(alpha: int, precision: str) -
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
 def test_interpolation_formula(alpha: float) -> None:
-    expected = wise_ft(state(toy()), state(trained()), alpha)
     found = state(trained(WiSEFTCallback(alpha=alpha)))
-    torch.testing.assert_close(found, {name: e.to(found[name].dtype) for name, e in expected.items()}, **EXACT)
+    torch.testing.assert_close(found, interpolated(state(toy()), state(trained()), alpha), **EXACT)
     assert not torch.equal(found["backbone.1.running_var"], state(trained())["backbone.1.running_var"])
 
 
@@ -77,9 +81,8 @@ def test_a_new_head_keeps_its_fine_tuned_value_and_is_reported(caplog: pytest.Lo
 
 
 def test_pretrained_that_is_not_where_the_fit_started() -> None:
-    expected = wise_ft(state(toy(3)), state(trained()), 0.25)
     found = state(trained(WiSEFTCallback(alpha=0.25, pretrained=toy(3))))
-    torch.testing.assert_close(found, {name: e.to(found[name].dtype) for name, e in expected.items()}, **EXACT)
+    torch.testing.assert_close(found, interpolated(state(toy(3)), state(trained()), 0.25), **EXACT)
 
 
 def test_which_checkpoints_hold_which_weights(tmp_path: Path) -> None:
@@ -149,10 +152,7 @@ def test_sweep_finds_the_best_alpha_and_leaves_the_module_there(monitor: str, mo
     away = [abs(alpha - 0.3) for alpha in sweep.alphas]
     assert sweep.values == pytest.approx([1 - d for d in away] if mode == "max" else away, abs=1e-4)
     assert sweep.best_alpha == 0.3
-    expected = wise_ft(pretrained, finetuned, 0.3)
-    torch.testing.assert_close(
-        state(module), {name: e.to(finetuned[name].dtype) for name, e in expected.items()}, **EXACT
-    )
+    torch.testing.assert_close(state(module), interpolated(pretrained, finetuned, 0.3), **EXACT)
 
 
 @pytest.mark.parametrize("peak", [0.0, 1.0])
@@ -178,8 +178,7 @@ def test_sweep_measures_with_the_users_own_validation() -> None:
     sweep = wise_ft_sweep(trainer, module, toy(), "val_loss", alphas=[0.2, 0.8], mode="min", datamodule=Data())
     for alpha, value in zip(sweep.alphas, sweep.values, strict=True):
         at = toy()
-        weights = wise_ft(state(toy()), state(finetuned), alpha)
-        at.load_state_dict(weights)
+        at.load_state_dict(interpolated(state(toy()), state(finetuned), alpha))
         (metrics,) = quiet_trainer().validate(at, val_loader(), verbose=False)
         assert value == pytest.approx(metrics["val_loss"], rel=1e-5)
 
@@ -187,7 +186,7 @@ def test_sweep_measures_with_the_users_own_validation() -> None:
 def test_sweep_restores_the_fine_tuned_weights_when_validation_raises() -> None:
     module, pretrained, finetuned = scored()
     module.fail_at = 0.4
-    with pytest.raises(RuntimeError, match="^broken validation$"):
+    with pytest.raises(RuntimeError, match="broken validation"):
         wise_ft_sweep(quiet_trainer(), module, pretrained, "score", dataloaders=val_loader())
     assert_same(state(module), finetuned)
 
@@ -227,8 +226,7 @@ def test_sweep_after_a_fit_with_the_callback() -> None:
     assert_same(finetuned, state(trained()))
 
     sweep = wise_ft_sweep(trainer, module, callback.anchor, "val_loss", mode="min", dataloaders=val_loader())
-    best = {name: value for name, value in wise_ft(callback.anchor, finetuned, sweep.best_alpha).items()}
-    torch.testing.assert_close(state(module), {n: value.to(finetuned[n].dtype) for n, value in best.items()}, **EXACT)
+    torch.testing.assert_close(state(module), interpolated(callback.anchor, finetuned, sweep.best_alpha), **EXACT)
     assert_same(state(module.head), state(trained().head))
     (metrics,) = trainer.validate(module, val_loader(), verbose=False)
     assert metrics["val_loss"] == pytest.approx(min(sweep.values), rel=1e-6)
@@ -247,7 +245,7 @@ def test_best_alpha_is_not_one_whose_metric_is_not_a_number(mode: Any) -> None:
     assert WiSEFTSweep("acc", mode, (0.0, 0.5, 1.0), (float("nan"), 0.5, float("nan"))).best_alpha == 0.5
 
 
-def test_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot() -> None:
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -107,8 +108,15 @@ class AnchoredCallback(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Reads ``pretrained``, so that a wrong file fails before any work is done."""
-        if stage == "fit" and self.pretrained is not None:
+        """Refuses unsupported strategies and reads ``pretrained``, so that mistakes show before any work is done."""
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which hides the parameters"
+                " in flat buffers. Use DDPStrategy, or ModelParallelStrategy (FSDP2, tensor parallel)."
+            )
+        if self.pretrained is not None:
             with configuration_errors():
                 self._pretrained = read_pretrained(self.pretrained)
 
@@ -189,7 +197,7 @@ class AnchoredCallback(pl.Callback):
         self._parameters = {name: candidates[name] for name in self._anchor}
         self._anchor = {name: capture(anchor, candidates[name]) for name, anchor in self._anchor.items()}
         self._waiting = {name: p for name, p in candidates.items() if name not in self._anchor}
-        if self._pretrained is not None:
+        if self._pretrained is not None and candidates:
             with configuration_errors():
                 self._pretrained = match_pretrained(self._pretrained, candidates, self._report)
             self._waiting = {name: p for name, p in self._waiting.items() if name in self._pretrained}

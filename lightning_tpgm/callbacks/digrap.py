@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -50,6 +52,7 @@ class DiGraPCallback(GradientCallback):
     """
 
     _SHOWN = ("omega_lr", "exclude")
+    _next: tuple[LearnedScalars, Tensor, dict[str, Tensor]]  # what a step that is about to happen will leave
 
     def __init__(
         self, omega_lr: float = 1e-2, exclude: Sequence[str] = (), pretrained: Pretrained | None = None
@@ -100,7 +103,8 @@ class DiGraPCallback(GradientCallback):
     @override
     def change_gradients(self, optimizer: Optimizer) -> None:
         """Updates omega, then g := g - omega g_proj where there is a conflict."""
-        omegas, grads, weights, anchors = self._omegas, self._gradients(optimizer), self._weights, self._anchors
+        omegas = copy(self._omegas)
+        grads, weights, anchors = self._gradients(optimizer), self._weights, self._anchors
         stepping = torch.stack([self._lr.new_full((), grad is not None) for grad in grads]).bool()
         lrs = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
@@ -122,8 +126,16 @@ class DiGraPCallback(GradientCallback):
         conflict = (inner < 0) & inner.isfinite()
         shares = torch.where(conflict, omegas.value * inner / squared, 0)
         lr = torch.stack([self._lr.new_zeros(()) + lrs.get(id(p), 0.0) for p in self._parameters.values()])
-        self._lr = torch.where(stepping, torch.where(conflict, lr, 0), self._lr)
+        lr = torch.where(stepping, torch.where(conflict, lr, 0), self._lr)
+        stepped = {}
         for (name, parameter), grad, d, share in zip(self._parameters.items(), grads, present, shares, strict=True):
             if grad is not None:
                 grad.sub_((share * d).to(grad.dtype))
-                self._previous[name] = capture(parameter, parameter)
+                stepped[name] = capture(parameter, parameter)
+        self._next = omegas, lr, {**self._previous, **stepped}
+
+    @override
+    def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Keeps what `change_gradients` found: only now is it sure that a gradient scaler has not skipped the step."""
+        super().after_optimizer_step(trainer, pl_module, optimizer)
+        self._omegas, self._lr, self._previous = self._next

@@ -19,8 +19,9 @@ from typing_extensions import override
 from lightning_tpgm.anchor import Pretrained
 from lightning_tpgm.callbacks.base import check
 from lightning_tpgm.callbacks.radius import RadiusCallback
-from lightning_tpgm.evaluation import HeldOutLoss, Loss, no_trace
+from lightning_tpgm.evaluation import HeldOutLoss, Loss
 from lightning_tpgm.heldout import HeldOutBatches, has_default_loaders, held_out_batches
+from lightning_tpgm.isolation import no_trace
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.projection import radius_gradient
 from lightning_tpgm.sharding import local_gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -105,9 +106,17 @@ class WiSEFTSweep:
 
     @property
     def best_alpha(self) -> float:
-        """The alpha with the best value; among equals the smallest, nearest to the pretrained weights."""
+        """The alpha with the best value; among equals the smallest, nearest to the pretrained weights.
+
+        A value that is not a number is worse than any other.
+        """
         sign = 1 if self.mode == "max" else -1
-        return max(zip(self.alphas, self.values, strict=True), key=lambda pair: (sign * pair[1], -pair[0]))[0]
+
+        def rank(pair: tuple[float, float]) -> tuple[bool, float, float]:
+            alpha, value = pair
+            return (False, 0.0, -alpha) if math.isnan(value) else (True, sign * value, -alpha)
+
+        return max(zip(self.alphas, self.values, strict=True), key=rank)[0]
 
     def plot(self) -> tuple[Any, Any]:
         """Draw the metric over alpha.
