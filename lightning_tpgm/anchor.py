@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_tpgm.selection import clean_name
 from lightning_tpgm.sharding import local, split_like
 
-Pretrained = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
+Pretrained = nn.Module | str | os.PathLike[str] | Mapping[str, Tensor]
 
 
 def capture(value: Tensor, parameter: Tensor) -> Tensor:

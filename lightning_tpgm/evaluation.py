@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from lightning_tpgm.heldout import HeldOutBatch
 from lightning_tpgm.isolation import isolated_generators
 from lightning_tpgm.sharding import is_fsdp2
 
-Loss = Literal["validation_step"] | Callable[[pl.LightningModule, Any], Tensor] | None
+Loss = Literal["validation_step"] | Callable[[pl.LightningModule, Any], Any] | None  # Any: need not be annotated
 
 
 class HeldOutLoss:
@@ -31,6 +32,7 @@ class HeldOutLoss:
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
         self._by_backward = False
+        self._worked = False
 
     def __call__(
         self,
@@ -52,10 +54,8 @@ class HeldOutLoss:
             try:
                 with isolated_generators():  # a second attempt draws the same random numbers
                     return self._evaluate(trainer, pl_module, drawn, parameters, by_backward=False)
-            except RuntimeError as error:
-                if "checkpoint" not in str(error):
-                    raise
-                self._by_backward = True  # reentrant activation checkpointing refuses autograd.grad
+            except _ReentrantCheckpointingError:
+                self._by_backward = True
         return self._evaluate(trainer, pl_module, drawn, parameters, by_backward=True)
 
     def _evaluate(
@@ -77,16 +77,17 @@ class HeldOutLoss:
                 torch.autograd.backward(loss * scale)
                 grads = [parameter.grad for parameter in parameters]
             else:
-                grads = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
+                grads = _autograd_grad(loss * scale, parameters)
         return loss.detach(), [None if grad is None else grad / scale for grad in grads]
 
     def _value(self, trainer: pl.Trainer, pl_module: pl.LightningModule, drawn: HeldOutBatch) -> Tensor | None:
-        batch = trainer.precision_plugin.convert_input(drawn.batch)
-        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=drawn.dataloader_idx)
-        drawn = drawn._replace(batch=trainer.strategy.batch_to_device(batch, dataloader_idx=drawn.dataloader_idx))
+        with _validating(trainer):
+            batch = trainer.precision_plugin.convert_input(drawn.batch)
+            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=drawn.dataloader_idx)
+            drawn = drawn._replace(batch=trainer.strategy.batch_to_device(batch, dataloader_idx=drawn.dataloader_idx))
         with trainer.precision_plugin.train_step_context():
             if self.loss is None:
-                source, output = "training_step", _run_step(pl_module.training_step, drawn)
+                source, output = "training_step", self._training_step(pl_module, drawn)
             elif self.loss == "validation_step":
                 source, output = "validation_step", _run_step(pl_module.validation_step, drawn)
             else:
@@ -106,6 +107,44 @@ class HeldOutLoss:
                 " depends on no trainable parameter. Mend that, or pass another `loss`."
             )
         return loss.reshape(())
+
+    def _training_step(self, pl_module: pl.LightningModule, drawn: HeldOutBatch) -> Any:
+        try:
+            output = _run_step(pl_module.training_step, drawn)
+        except (TypeError, LookupError) as error:
+            if self._worked:
+                raise
+            raise MisconfigurationException(
+                f"The training_step failed on its first held-out batch, a {type(drawn.batch).__name__}: {error!r}."
+                " If training batches look different, pass `loss`: 'validation_step' or a callable (pl_module, batch)"
+                " -> Tensor; or a `dataloader` (or tpgm_dataloader()) whose batches look like them."
+            ) from error
+        self._worked = True
+        return output
+
+
+class _ReentrantCheckpointingError(RuntimeError):
+    """Reentrant activation checkpointing refuses autograd.grad."""
+
+
+def _autograd_grad(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError as error:
+        if "heckpoint" in str(error) and ".grad()" in str(error):
+            raise _ReentrantCheckpointingError from error
+        raise
+
+
+@contextmanager
+def _validating(trainer: pl.Trainer) -> Iterator[None]:
+    """Data hooks see a validation batch: held-out data get no training augmentation."""
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
 
 
 def _loss_scale(trainer: pl.Trainer, loss: Tensor) -> Tensor:

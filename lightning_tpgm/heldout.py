@@ -206,7 +206,7 @@ def resolve_loader(dataloader: Iterable[Any] | Callable[[], Iterable[Any]] | str
                 f"`dataloader` import path {dataloader!r} leads nowhere: {error}. It should look like"
                 " 'my_project.data:held_out'."
             ) from error
-    if callable(found) and (isinstance(found, type) or not isinstance(found, Iterable)):
+    if callable(found) and not isinstance(found, Iterable):
         found = found()
     if not isinstance(found, Iterable):
         raise MisconfigurationException(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping, MutableSet
+from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
+from operator import is_
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -35,8 +36,8 @@ def no_trace(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Non
         stack.enter_context(isolated_generators())
         stack.enter_context(_silent(trainer, pl_module))
         stack.enter_context(_unchanged(pl_module))
-        pl_module.eval()
         for module in pl_module.modules():
+            module.training = False  # not eval(): adapters that merge themselves there would change frozen weights
             if isinstance(module, Metric):
                 module.reset()
         yield
@@ -103,17 +104,24 @@ class _Memory:
     """Remembers values so that each can be restored *in place*: whoever else holds them sees them restored too."""
 
     _MODULE_STATE = frozenset(vars(nn.Module())) - {"_buffers"}  # torch's own bookkeeping
-    _ATOMS = (int, float, complex, str, bytes, Tensor, type(None))
-    _OPAQUE = (type, ModuleType, FunctionType, MethodType, pl.Trainer, pl.LightningDataModule, torch.utils.data.Dataset)
-    _FOREIGN = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy"})
+    _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
+    _OPAQUE = (
+        *(Tensor, np.ndarray, type, ModuleType, FunctionType, MethodType, torch.utils.data.Dataset),
+        *(torch.utils.data.DataLoader, pl.Trainer, pl.LightningDataModule, pl.Callback),
+    )
+    _FOREIGN = frozenset(
+        {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy", "lightning_tpgm"}
+    )
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
         self._seen: dict[int, Any] = {}
 
     def restore(self) -> None:
-        for undo in reversed(self._undo):
-            undo()
+        """Undo everything, also what comes after an undo that raises."""
+        with ExitStack() as stack:  # last in, first out
+            for undo in self._undo:
+                stack.callback(undo)
 
     def keep_module(self, module: nn.Module) -> None:
         if id(module) in self._seen:
@@ -125,21 +133,21 @@ class _Memory:
             return  # its attributes live in TorchScript
         self._keep_mapping(vars(module))
         for name, value in vars(module).items():
-            if name not in self._MODULE_STATE:
+            if name not in self._MODULE_STATE and type(value) not in self._ATOMS:
                 self._keep_array(value)
                 self._keep(value)
 
     def _keep(self, value: Any, inside_object: bool = False) -> None:
         """Remember what a container or object holds; tensors and arrays in it by reference only."""
-        if isinstance(value, self._ATOMS) or id(value) in self._seen:
+        if id(value) in self._seen or isinstance(value, self._OPAQUE):
             return
-        if isinstance(value, nn.Module):  # one that is hidden in a container, with its parts
+        if isinstance(value, nn.Module):  # one that is hidden in a container
             for module in value.modules():
                 self.keep_module(module)
             return
         self._seen[id(value)] = value
         parts: Any = ()
-        if isinstance(value, MutableMapping):
+        if isinstance(value, dict):  # not every mapping: reading or writing others may do more than that
             self._keep_mapping(value)
             parts = value.values()
         elif isinstance(value, list | deque):
@@ -147,7 +155,7 @@ class _Memory:
             parts = value
         elif isinstance(value, tuple):
             parts = value
-        elif isinstance(value, MutableSet):
+        elif isinstance(value, set):
             self._keep_set(value)
         elif isinstance(value, torch.Generator):
             self._later(value.set_state, value.get_state())
@@ -162,18 +170,21 @@ class _Memory:
             parts, inside_object = vars(value).values(), True
             for part in parts:
                 self._keep_array(part)
-        for part in parts:
-            self._keep(part, inside_object)
+        if not set(map(type, parts)) <= self._ATOMS:
+            for part in parts:
+                if type(part) not in self._ATOMS:
+                    self._keep(part, inside_object)
 
     def _is_users_object(self, value: Any) -> bool:
         package = type(value).__module__.partition(".")[0]
-        return hasattr(value, "__dict__") and not isinstance(value, self._OPAQUE) and package not in self._FOREIGN
+        return hasattr(value, "__dict__") and package not in self._FOREIGN
 
     def _later(self, undo: Callable[[Any], Any], argument: Any) -> None:
         self._undo.append(lambda: undo(argument))
 
     def _keep_array(self, value: Any) -> None:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
+            value = _own_elements(value)
             copy = value.detach().clone()
             # a graph of the training step that is still in use finds the version that it saw
             version = _unsafe_preserve_version_counter(value)
@@ -190,11 +201,11 @@ class _Memory:
         kept = dict(value)
 
         def undo() -> None:
-            if list(value) != list(kept):  # also the order: names of buffers and metrics
+            if not _same_items(value, kept):  # also the order: names of buffers and metrics
                 value.clear()
                 value.update(kept)
-            for key, item in kept.items():
-                if value[key] is not item:
+            elif not _same_items(value.values(), kept.values()):
+                for key, item in kept.items():
                     value[key] = item
 
         self._undo.append(undo)
@@ -203,17 +214,30 @@ class _Memory:
         kept = list(value)
 
         def undo() -> None:
-            value.clear()
-            value.extend(kept)
+            if not _same_items(value, kept):
+                value.clear()
+                value.extend(kept)
 
         self._undo.append(undo)
 
-    def _keep_set(self, value: MutableSet[Any]) -> None:
+    def _keep_set(self, value: set[Any]) -> None:
         kept = list(value)
 
         def undo() -> None:
-            value.clear()
-            for item in kept:
-                value.add(item)
+            if not _same_items(value, kept):
+                value.clear()
+                value.update(kept)
 
         self._undo.append(undo)
+
+
+def _same_items(a: Collection[Any], b: Collection[Any]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+def _own_elements(tensor: Tensor) -> Tensor:
+    """The elements of a tensor that have memory of their own: an expanded dimension has one."""
+    for dim, (size, stride) in enumerate(zip(tensor.size(), tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor

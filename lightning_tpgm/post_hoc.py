@@ -34,7 +34,7 @@ def project_checkpoint(
     pretrained: Pretrained,
     finetuned: str | os.PathLike[str],
     dataloader: DataLoader[Any] | Callable[[], Any] | Iterable[Any] | str,
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     *,
     norm: Norm = "l2",
     radius_lr: float = 1e-2,
@@ -54,7 +54,8 @@ def project_checkpoint(
         pretrained: Where the anchors come from, as in `TPGMCallback`.
         finetuned: A Lightning checkpoint, a state dict file, or a ``.safetensors`` file.
         dataloader: Held-out in-distribution data, as in `TPGMCallback`.
-        output: The file to write; it should have the suffix of ``finetuned``.
+        output: The file to write, with the suffix of ``finetuned``; None: beside it, ``model.ckpt`` becomes
+            ``model-projected.ckpt``.
         norm: ``"l2"`` or ``"mars"``.
         radius_lr: Adam learning rate of the radii.
         radius_steps: Number of radius updates.
@@ -71,7 +72,8 @@ def project_checkpoint(
 
     Source: Tian et al., "Trainable Projected Gradient Method for Robust Fine-tuning", CVPR 2023, section 4.2.
     """
-    finetuned, output = Path(finetuned), Path(output)
+    finetuned = Path(finetuned)
+    output = finetuned.with_stem(f"{finetuned.stem}-projected") if output is None else Path(output)
     if (finetuned.suffix == ".safetensors") != (output.suffix == ".safetensors"):
         raise MisconfigurationException(
             f"`output` should be of the same kind as `finetuned` ({finetuned.suffix!r}), found {output.suffix!r}."

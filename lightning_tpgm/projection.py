@@ -35,6 +35,8 @@ def ratio(radius: Tensor, distance: Tensor) -> Tensor:
 def project(weight: Tensor, anchor: Tensor, ratio: Tensor) -> Tensor:
     """W0 + r (W - W0), computed in float32 at least; a row with r = 1 is returned unchanged to the bit.
 
+    What the weight's dtype cannot represent is rounded towards the anchor, so that rounding never leaves the ball.
+
     Each row is shrunk radially towards its anchor. For ``l2`` this is the Euclidean projection onto the ball; for
     ``mars`` it is *not* the nearest point of the L1 ball: it keeps the direction of the row's deviation.
 
@@ -52,7 +54,10 @@ def project(weight: Tensor, anchor: Tensor, ratio: Tensor) -> Tensor:
     [1.5, 2.0]
     """
     dtype = torch.promote_types(weight.dtype, ratio.dtype)
-    return anchor.to(dtype).lerp(weight.to(dtype), ratio.to(dtype)).to(weight.dtype)
+    start, end, ratio = anchor.to(dtype), weight.to(dtype), ratio.to(dtype)
+    projected = start.lerp(end, ratio).to(weight.dtype)
+    outside = (projected.to(dtype) - start).abs() > (ratio * (end - start)).abs()
+    return torch.where(outside, projected.nextafter(anchor), projected)
 
 
 def radius_gradient(

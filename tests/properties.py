@@ -86,6 +86,17 @@ def assert_inside_ball(
             assert_tensor_inside_ball(weights[name], anchors[name], radius, norm, name)
 
 
+def assert_distances(module: nn.Module, anchors: Mapping[str, Tensor], shown: Mapping[str, float], norm: str) -> None:
+    """What a callback shows as distances are the largest row distances of the module's weights."""
+    weights = dict(module.named_parameters())
+    assert set(anchors) == set(shown)
+    for name, distance in shown.items():
+        weight, anchor = weights[name].detach(), anchors[name]
+        found = max(distances(weight.double() - anchor.double(), norm))
+        slack = SLACK * found + max(resolution(weight, anchor, norm))
+        assert abs(distance - found) <= slack, f"{name}: shown {distance}, found {found}"
+
+
 Project = Callable[[Tensor], Tensor]
 
 

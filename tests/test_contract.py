@@ -267,11 +267,17 @@ class Resumable(Toy):
 
 
 class SaveAt(pl.Callback):
+    """Saves after a step; that of an epoch's last step is saved when the epoch is over."""
+
     def __init__(self, path: Path, step: int) -> None:
         self.path, self.step = path, step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step and trainer.is_last_batch:
             trainer.save_checkpoint(self.path)
 
 
@@ -318,7 +324,13 @@ def test_exact_resume(method: Method, step: int, unfreezes: bool, tmp_path: Path
     assert set(parameters(toy())) <= set(found["callback"]["anchor"])
 
 
-def test_exact_resume_by_the_same_trainer(method: Method, tmp_path: Path) -> None:
+ON_GPU = pytest.param(
+    "gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+)
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", ON_GPU])
+def test_exact_resume_by_the_same_trainer(method: Method, accelerator: str, tmp_path: Path) -> None:
     """A second `fit` of one trainer goes on with the first. (Its optimizers start anew: here they have no state.)"""
     if method.at_end:
         pytest.skip("acts at the end of each fit: two fits are not one")
@@ -326,10 +338,10 @@ def test_exact_resume_by_the_same_trainer(method: Method, tmp_path: Path) -> Non
     def plain_sgd(params: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=0.05)
 
+    module, callback, options = toy(0, plain_sgd), method.make(), {"accelerator": accelerator, "devices": 1}
+    expected = outcome(run(module, callback, max_epochs=2, **options), module, tmp_path, callback)
     module, callback = toy(0, plain_sgd), method.make()
-    expected = outcome(run(module, callback, max_epochs=2), module, tmp_path, callback)
-    module, callback = toy(0, plain_sgd), method.make()
-    trainer = run(module, callback, max_epochs=1)
+    trainer = run(module, callback, max_epochs=1, **options)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, train_loader(), val_loader())
     found = outcome(trainer, module, tmp_path, callback)

@@ -35,7 +35,6 @@ from lightning_tpgm import TPGMCallback, heldout
 from lightning_tpgm.heldout import HeldOutBatches, held_out_batches, rebuild_loader, resolve_loader
 from zoo import CLASSES, FEATURES, Blobs, Classifier, assert_identical, blobs, quiet_trainer
 
-
 # Python 3.12 warns of every fork of a process with threads, and torch has some.
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -129,29 +128,29 @@ def test_loader_for_one_pass_only_is_an_error() -> None:
 # --- resuming ---
 
 
-def shuffling_loader() -> DataLoader[Any]:
-    return DataLoader(Noisy(), batch_size=2, shuffle=True)
+def shuffling_loader(data: Any) -> DataLoader[Any]:
+    return DataLoader(data, batch_size=2, shuffle=True)
 
 
-def loader_with_its_own_generator() -> DataLoader[Any]:
-    return DataLoader(Noisy(), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(3))
+def loader_with_its_own_generator(data: Any) -> DataLoader[Any]:
+    return DataLoader(data, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(3))
 
 
-def sampler_with_its_own_generator() -> DataLoader[Any]:
+def sampler_with_its_own_generator(data: Any) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(3)
-    return DataLoader(Noisy(), batch_size=2, sampler=WeightedRandomSampler([0.1] * 7, 7, generator=generator))
+    return DataLoader(data, batch_size=2, sampler=WeightedRandomSampler([0.1] * 7, 7, generator=generator))
 
 
-def batch_sampler_with_its_own_generator() -> DataLoader[Any]:
+def batch_sampler_with_its_own_generator(data: Any) -> DataLoader[Any]:
     sampler = RandomSampler(range(7), generator=torch.Generator().manual_seed(3))
-    return DataLoader(Noisy(), batch_sampler=BatchSampler(sampler, 2, drop_last=True))
+    return DataLoader(data, batch_sampler=BatchSampler(sampler, 2, drop_last=True))
 
 
-def distributed_loader() -> DataLoader[Any]:
-    return rebuild_loader(shuffling_loader(), shuffle=None, seed=5, num_replicas=2, rank=1)  # type: ignore[return-value]
+def distributed_loader(data: Any) -> Any:
+    return rebuild_loader(shuffling_loader(data), shuffle=None, seed=5, num_replicas=2, rank=1)
 
 
-def streamed_loader() -> DataLoader[Any]:
+def streamed_loader(data: Any) -> DataLoader[Any]:
     return DataLoader(Streamed(), batch_size=2)
 
 
@@ -166,7 +165,7 @@ LOADERS = [
 
 
 def two_loaders(make: Callable[[], Any]) -> HeldOutBatches:
-    return HeldOutBatches([make(), DataLoader(Noisy(3), shuffle=True)], seed=11)
+    return HeldOutBatches([make(Noisy()), DataLoader(Noisy(3), shuffle=True)], seed=11)
 
 
 @pytest.mark.parametrize("make", LOADERS)
@@ -189,18 +188,18 @@ def test_resumes_exactly_at_every_position(make: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize("make", LOADERS)
 def test_passes_differ_where_the_loader_shuffles(make: Callable[[], Any]) -> None:
-    batches = HeldOutBatches([make()], seed=11)
+    batches = HeldOutBatches([make(numbers(7))], seed=11)
     passes: list[list[float]] = []
     while len(passes) < 5:
         batch, batch_idx, _ = batches.draw()
         passes += [[]] if batch_idx == 0 else []
-        passes[-1] += batch[:, 0].tolist()
+        passes[-1] += batch.flatten().tolist()
     assert len({tuple(values) for values in passes}) == 5
 
 
 def test_generators_of_the_user_are_left_as_they_were() -> None:
     """The generator may be that of the training loader, too."""
-    loader = loader_with_its_own_generator()
+    loader = loader_with_its_own_generator(numbers(7))
     before = loader.generator.get_state()
     drawn(HeldOutBatches([loader], seed=0), 10)
     assert torch.equal(loader.generator.get_state(), before)

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_tpgm import TPGMCallback
-from properties import assert_inside_ball
+from properties import assert_distances, assert_inside_ball
 from toys import SaveOnException, Toy, adamw, quiet_trainer, toy, train_loader, val_loader
 
 Look = Callable[[str], None]
@@ -257,6 +257,8 @@ def test_inside_ball_when_the_evaluation_raises(where: str, fail_at: int, norm: 
             module, train_loader(), val_loader()
         )
     look("after fit")
+    start = {name: parameter.detach() for name, parameter in toy().named_parameters()}
+    assert_distances(module, start, callback.distances, norm)  # of the last projection, the one after the exception
     assert seen["after on_exception"] == seen["after on_save_checkpoint"] == seen["after fit"] == 1
     saved = torch.load(save.path, weights_only=True)
     state = saved["callbacks"][callback.state_key]

@@ -78,11 +78,11 @@ def test_fit_end_radii_equal_a_float64_loop(norm: str, radius_steps: int) -> Non
         grads = torch.autograd.grad(loss_of(leaves, next(batches)), list(leaves.values()), allow_unused=True)
         return dict(zip(leaves, grads, strict=True))
 
-    reference = ReferenceTPGM(anchors, norm, radius_lr=0.05, radius_steps=radius_steps)
+    reference = ReferenceTPGM(anchors, norm, radius_lr=1e-3, radius_steps=radius_steps)
     expected = reference.after_step(dict(plain.named_parameters()), gradients)
 
     loader = DataLoader(TensorDataset(held_out))
-    callback = TPGMCallback(loader, norm=norm, radius_lr=0.05, when="fit_end", radius_steps=radius_steps)
+    callback = TPGMCallback(loader, norm=norm, radius_lr=1e-3, when="fit_end", radius_steps=radius_steps)
     fit(module, [callback], DataLoader(TensorDataset(train)), precision="64-true")
     assert callback.radii == pytest.approx(reference.radii, rel=1e-6, abs=1e-9)
     for name, parameter in module.named_parameters():
@@ -165,7 +165,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OPTIONS: dict[str, Any] = {"norm": "mars", "radius_steps": 5, "radius_lr": 0.05}
 
 
-def project(folder: Path, output: Path, kind: str = "pt", **options: Any) -> tuple[Sized, TPGMCallback]:
+def project(folder: Path, output: Path | None, kind: str = "pt", **options: Any) -> tuple[Sized, TPGMCallback]:
     module = options.pop("module", None) or sized(9)
     ends = {name: folder / f"{name}.{kind}" for name in ("pretrained", "finetuned")}
     ends |= {name: options.pop(name) for name in ends if name in options}
@@ -289,12 +289,13 @@ class Tied(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_project_checkpoint_of_tied_weights(tmp_path: Path) -> None:
-    """A state dict holds them under each of their names: all of them are projected."""
+@pytest.mark.parametrize("copies", [False, True])
+def test_project_checkpoint_of_tied_weights(copies: bool, tmp_path: Path) -> None:
+    """A state dict holds them under each of their names, shared or as copies: all of them are projected."""
     module = Tied()
     torch.save(module.state_dict(), tmp_path / "a.pt")
     quiet_trainer().fit(module, train_loader())
-    torch.save(module.state_dict(), tmp_path / "b.pt")
+    torch.save({n: v.clone() if copies else v for n, v in module.state_dict().items()}, tmp_path / "b.pt")
     output = tmp_path / "projected.pt"
     projected = Tied()
     project_checkpoint(
@@ -347,6 +348,17 @@ def test_project_checkpoint_leaves_the_trainer_as_it_was(folder: Path, tmp_path:
     assert_same(state(module), state(expected))
     project(folder, tmp_path / "again.pt", trainer=trainer)  # also when it has trained
     assert_same(tensors(tmp_path / "again.pt"), tensors(tmp_path / "projected.pt"))
+
+
+def test_project_checkpoint_beside_the_fine_tuned_file(folder: Path, tmp_path: Path) -> None:
+    """Where it is written if nothing is said, also over an older one."""
+    copy = tmp_path / "last-step=3.pt"
+    copy.write_bytes((folder / "finetuned.pt").read_bytes())
+    for _ in range(2):
+        project(folder, None, finetuned=copy)
+    assert {file.name for file in tmp_path.iterdir()} == {"last-step=3.pt", "last-step=3-projected.pt"}
+    project(folder, tmp_path / "same.pt")
+    assert_same(tensors(tmp_path / "last-step=3-projected.pt"), tensors(tmp_path / "same.pt"))
 
 
 def test_project_checkpoint_keeps_the_dtype_of_the_file(folder: Path, tmp_path: Path) -> None:

@@ -103,6 +103,21 @@ def test_scaled_loss_that_is_not_finite_skips_the_update(loss: Any, tmp_path: Pa
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
+def small_loss(pl_module: Classifier, batch: Any) -> Tensor:
+    return classifier_loss(pl_module, batch) * 1e-6
+
+
+def test_scale_saves_small_gradients(tmp_path: Path) -> None:
+    """In float16 they would be 0; the scale lifts them while they are propagated."""
+    gradients = []
+    for precision in ("16-mixed", "32-true"):
+        callback = TPGMCallback(loss=small_loss)
+        fit(tmp_path, Classifier(), precision, callback, max_steps=1)
+        gradients.append(callback.state_dict()["method"]["radii"]["exp_avg"])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0.01, atol=0)
+    assert gradients[1].abs().max() < 1e-7
+
+
 def test_scaler_is_left_alone(tmp_path: Path) -> None:
     """Neither its scale nor its count of good steps is moved by held-out losses that overflow."""
     states = []

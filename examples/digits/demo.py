@@ -102,7 +102,8 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     figure = arguments.output / "digits.png"
     draw_figure(histories[0].distances, histories[0].radii, outcomes, figure)
-    console.print(results_table(outcomes))
+    statistics = "updated" if arguments.update_statistics else "frozen"
+    console.print(results_table(outcomes, title=f"Fine-tuning on 400 digits, running statistics {statistics}"))
     console.print(FOOTNOTE)
     console.print(f"Figure: {figure}")
 

@@ -43,9 +43,9 @@ def describe(values: Sequence[float]) -> str:
     return f"{mean:.1f} ± {deviation:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
-def results_table(outcomes: Outcomes) -> Table:
+def results_table(outcomes: Outcomes, title: str) -> Table:
     """Tabulate the outcomes, one row a method."""
-    table = Table(title="Fine-tuning on 400 digits")
+    table = Table(title=title)
     table.add_column("method")
     for heading in ("in distribution, %", "shifted, %", "time to fit, s"):
         table.add_column(heading, justify="right")
@@ -67,7 +67,8 @@ def draw_history(axes: Axes, distances: Mapping[str, Sequence[float]], radii: Ma
         axes.plot(radii[name], color=shade, linestyle="--")
     axes.set(title="TPGM (mars)", xlabel="optimizer step", ylabel="largest row sum of |weight - pretrained weight|")
     dashed = Line2D([], [], color="grey", linestyle="--", label="radius")
-    axes.legend(handles=[*axes.get_legend_handles_labels()[0], dashed], fontsize="small")
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
+    axes.legend(handles=[*axes.get_legend_handles_labels()[0], dashed], loc="upper center", ncols=3, fontsize="small")
 
 
 def draw_accuracies(axes: Axes, outcomes: Outcomes) -> None:

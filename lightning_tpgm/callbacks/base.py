@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -45,6 +46,15 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
+def to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU; those that are split over processes stay where they are."""
+    return {name: tensor if is_split(tensor) else tensor.cpu() for name, tensor in tensors.items()}
+
+
+def _nothing() -> None:
+    pass
+
+
 class AnchoredCallback(pl.Callback):
     """Base of all methods: knows the constrained parameters and their anchors, and acts after every optimizer step.
 
@@ -71,10 +81,21 @@ class AnchoredCallback(pl.Callback):
         self._parameters: dict[str, Tensor] = {}  # constrained now
         self._anchor: dict[str, Tensor] = {}  # of these, by the same names
         self._waiting: dict[str, Tensor] = {}  # frozen yet
+        self._may_join: list[str] = []  # their names
         self._pretrained: dict[str, Tensor] | None = None  # what `pretrained` holds for those not constrained yet
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the fit starts
         self._sharding = Sharding([], self.norm)
         self._handles: list[RemovableHandle] = []
+        self._fitted: Callable[[], pl.LightningModule | None] = (
+            _nothing  # a weak reference to the module of the last fit
+        )
+        self._begun = False  # a fit has: there is something to save
+        self._saw_batch = self._saw_step = False  # in this epoch
+        self._depth = 0  # of optimizer steps within each other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy in another process or place knows no module."""
+        return {**vars(self), "_fitted": _nothing}
 
     @override
     def __repr__(self) -> str:
@@ -87,6 +108,9 @@ class AnchoredCallback(pl.Callback):
         return dict(self._anchor)
 
     # ---- what a method adds
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Called right before a step of an optimizer; with automatic optimization there are no gradients yet."""
 
     def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Called right after a step of an optimizer that really happened, before anything else sees the weights."""
@@ -111,6 +135,9 @@ class AnchoredCallback(pl.Callback):
         """Refuses unsupported strategies and reads ``pretrained``, so that mistakes show before any work is done."""
         if stage != "fit":
             return
+        self._loaded = None
+        if trainer.fit_loop.total_batch_idx < 0:  # a fresh trainer: a checkpoint that it resumes from is loaded later
+            self._forget()
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise MisconfigurationException(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which hides the parameters"
@@ -131,8 +158,19 @@ class AnchoredCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Takes in parameters that were unfrozen since the last batch."""
+        self._depth, self._saw_batch = 0, True
         if any(parameter.requires_grad for parameter in self._waiting.values()):
             self._join()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warns if no optimizer has stepped: then nothing is constrained."""
+        missed, self._saw_batch, self._saw_step = self._saw_batch and not self._saw_step, False, False
+        if missed:
+            rank_zero_warn(
+                f"{type(self).__name__} saw no step of the module's optimizers in this epoch: nothing was constrained."
+                " It acts after each `step` of the optimizers that configure_optimizers returns: train with those."
+            )
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -149,7 +187,7 @@ class AnchoredCallback(pl.Callback):
         """Lets go of the parameters and of device memory; anchors stay, on the CPU, for a later `save_checkpoint`."""
         if stage == "fit":
             self._stop_listening()
-            self._anchor = {n: anchor if is_split(anchor) else anchor.cpu() for n, anchor in self._anchor.items()}
+            self._anchor = to_cpu(self._anchor)
             self._parameters, self._waiting, self._pretrained = {}, {}, None
 
     @property
@@ -160,18 +198,21 @@ class AnchoredCallback(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Anchors and what was learned, on the CPU; empty before the fit has started."""
+        """Anchors, the names that may join, and what was learned, on the CPU; empty before the fit has started."""
         if self._loaded is not None:  # asked for between loading and the start of the fit, by a tuner
             return self._loaded
-        if not self._anchor:
+        if not self._begun:
             return {}
         anchor = {name: full(anchor).cpu() for name, anchor in self._anchor.items()}
-        return {"anchor": anchor, "method": self.method_state()}
+        return {"anchor": anchor, "waiting": self._may_join, "method": self.method_state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until the fit starts: strategies differ in whether the module is ready now."""
-        self._loaded = state_dict or None
+        if self._handles and state_dict:  # in mid-fit: a tuner puts back what was before it
+            self.load_method_state(state_dict["method"])
+        else:
+            self._loaded = state_dict or None
 
     # ---- shared steps
 
@@ -184,16 +225,18 @@ class AnchoredCallback(pl.Callback):
         state, self._loaded = self._loaded, None
         if state is not None:
             self._anchor = self._verified(state["anchor"], candidates)
-        elif trainer.fit_loop.total_batch_idx < 0 or trainer.ckpt_path is not None:
-            self._anchor = {}
-            self.reset_method()
-            if trainer.fit_loop.total_batch_idx >= 0 and self.pretrained is None:
+            candidates = {name: p for name, p in candidates.items() if name in self._anchor or name in state["waiting"]}
+        elif trainer.fit_loop.total_batch_idx < 0 or trainer.ckpt_path is not None or self._fitted() is not pl_module:
+            self._forget()
+            if trainer.fit_loop.total_batch_idx >= 0 and trainer.ckpt_path is not None and self.pretrained is None:
                 raise MisconfigurationException(
                     f"The checkpoint {str(trainer.ckpt_path)!r} has no state of this {type(self).__name__} (key"
                     f" {self.state_key!r}), so the pretrained weights are not known any more. Pass them as"
                     " `pretrained`, for instance the checkpoint that the first run started from."
                 )
-        # else the same trainer goes on with the fit, and everything is still here
+        # else the same trainer goes on with the same module, and everything is still here
+        self._fitted = weakref.ref(pl_module)
+        self._begun, self._saw_batch, self._saw_step = True, False, False
         self._parameters = {name: candidates[name] for name in self._anchor}
         self._anchor = {name: capture(anchor, candidates[name]) for name, anchor in self._anchor.items()}
         self._waiting = {name: p for name, p in candidates.items() if name not in self._anchor}
@@ -207,6 +250,11 @@ class AnchoredCallback(pl.Callback):
         if self._pretrained is not None:  # a copy: the source may be a module that goes on training
             self._pretrained = {name: self._pretrained[name].clone() for name in self._waiting}
         self._check_something_to_do(trainer, pl_module)
+
+    def _forget(self) -> None:
+        """Back to the state of a new callback."""
+        self._anchor, self._begun = {}, False
+        self.reset_method()
 
     def _verified(self, anchor: dict[str, Tensor], candidates: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's anchors, if they are those of the present module."""
@@ -239,6 +287,7 @@ class AnchoredCallback(pl.Callback):
             value = parameter if self._pretrained is None else self._pretrained.pop(name)
             self._anchor[name] = capture(value, parameter)
             self._parameters[name] = self._waiting.pop(name)
+        self._may_join = list(self._waiting)
         self._sharding = Sharding(list(self._parameters.values()), self.norm)
         if new:
             self.joined(list(new))
@@ -257,7 +306,7 @@ class AnchoredCallback(pl.Callback):
         """A scalar of the device and dtype of what is learned: float64 if any weight is, else float32."""
         dtypes = [torch.promote_types(weight.dtype, torch.float32) for weight in self._weights]
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        return torch.zeros((), dtype=dtype, device=self._weights[0].device)
+        return torch.zeros((), dtype=dtype, device=self._weights[0].device if dtypes else None)
 
     def _gradients(self, optimizer: Optimizer) -> list[Tensor | None]:
         """This process's parts of the gradients, None for a tensor that this optimizer does not step now."""
@@ -285,12 +334,23 @@ class AnchoredCallback(pl.Callback):
                 )
 
     def _listen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def stepping(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._depth += 1
+            if self._depth == 1 and self._parameters:
+                self.before_optimizer_step(optimizer)
+
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if self._parameters:
+            self._depth -= 1  # torch calls the hooks within, too, if a step calls the step of its base class
+            self._saw_step = True
+            if self._depth == 0 and self._parameters:
                 with torch.no_grad():
                     self.after_optimizer_step(trainer, pl_module, optimizer)
 
-        self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in trainer.optimizers]
+        for optimizer in trainer.optimizers:
+            self._handles += [
+                optimizer.register_step_pre_hook(stepping),
+                optimizer.register_step_post_hook(stepped),
+            ]
 
     def _stop_listening(self) -> None:
         for handle in self._handles:

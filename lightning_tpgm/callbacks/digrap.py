@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained, capture
-from lightning_tpgm.callbacks.base import GradientCallback, check, is_number
+from lightning_tpgm.callbacks.base import GradientCallback, check, is_number, to_cpu
 from lightning_tpgm.norms import deviation
 from lightning_tpgm.radii import LearnedScalars
 from lightning_tpgm.sharding import full, local
@@ -52,6 +52,7 @@ class DiGraPCallback(GradientCallback):
     """
 
     _SHOWN = ("omega_lr", "exclude")
+    _previous: dict[str, Tensor]
     _next: tuple[LearnedScalars, Tensor, dict[str, Tensor]]  # what a step that is about to happen will leave
 
     def __init__(
@@ -68,11 +69,24 @@ class DiGraPCallback(GradientCallback):
         return self._omegas.as_dict()
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Also takes the last step of an earlier fit back to the device."""
+        super().on_train_start(trainer, pl_module)
+        self._place_previous(self._previous)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Also lets go of the last step's device memory."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self._previous = to_cpu(self._previous)
+
+    @override
     def reset_method(self) -> None:
         """Forgets omega and the last step."""
         self._omegas = LearnedScalars(self.omega_lr)
         self._lr = torch.empty(0)  # of the last step; 0 where it had no conflict: omega had no effect
-        self._previous: dict[str, Tensor] = {}  # the weights before the last step of each tensor
+        self._previous = {}  # the weights before the last step of each tensor
 
     @override
     def joined(self, names: list[str]) -> None:
@@ -98,7 +112,10 @@ class DiGraPCallback(GradientCallback):
         self._omegas.load_state_dict(state["omegas"])
         self._lr = state["lr"]
         self._place()
-        self._previous = {name: capture(value, self._parameters[name]) for name, value in state["previous"].items()}
+        self._place_previous(state["previous"])
+
+    def _place_previous(self, previous: dict[str, Tensor]) -> None:
+        self._previous = {name: capture(value, self._parameters[name]) for name, value in previous.items()}
 
     @override
     def change_gradients(self, optimizer: Optimizer) -> None:

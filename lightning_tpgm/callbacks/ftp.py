@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained, capture
-from lightning_tpgm.callbacks.base import check, is_number
+from lightning_tpgm.callbacks.base import check, is_number, to_cpu
 from lightning_tpgm.callbacks.radius import RadiusCallback
 from lightning_tpgm.norms import Norm, deviation
 from lightning_tpgm.projection import EPS, MIN_RADIUS, row_dot
@@ -53,6 +53,7 @@ class FTPCallback(RadiusCallback):
     """
 
     _SHOWN = ("k", "radius_lr", "norm", "exclude")
+    _previous: dict[str, Tensor]
 
     def __init__(
         self,
@@ -71,12 +72,20 @@ class FTPCallback(RadiusCallback):
         """Also refuses optimizers whose gradients cannot be read."""
         super().on_train_start(trainer, pl_module)
         self._check_gradients_can_be_read(trainer)
+        self._place_previous(self._previous)  # those of an earlier fit are on the CPU
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Also lets go of the last step's device memory."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self._previous = to_cpu(self._previous)
 
     @override
     def reset_method(self) -> None:
         """Forgets the radii and the last step."""
         super().reset_method()
-        self._previous: dict[str, Tensor] = {}  # the unprojected weights after the last step of each tensor
+        self._previous = {}  # the unprojected weights after the last step of each tensor
 
     @override
     def method_state(self) -> dict[str, Any]:
@@ -87,7 +96,10 @@ class FTPCallback(RadiusCallback):
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Takes over what `method_state` gave."""
         super().load_method_state(state)
-        self._previous = {name: capture(value, self._parameters[name]) for name, value in state["previous"].items()}
+        self._place_previous(state["previous"])
+
+    def _place_previous(self, previous: dict[str, Tensor]) -> None:
+        self._previous = {name: capture(value, self._parameters[name]) for name, value in previous.items()}
 
     @override
     def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:

@@ -59,7 +59,7 @@ class RadiusCallback(AnchoredCallback):
 
     @property
     def radii(self) -> dict[str, float]:
-        """The radius of each constrained parameter, by name; empty before the first fit."""
+        """The radius of each constrained parameter, by name; empty before the first fit, nan until it is first used."""
         return self._radii.as_dict()
 
     @property

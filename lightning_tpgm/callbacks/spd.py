@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -57,14 +56,14 @@ class SPDCallback(AnchoredCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Also listens for the beginning of optimizer steps."""
+        """Also refuses optimizers whose gradients cannot be read."""
         super().on_train_start(trainer, pl_module)
         self._check_gradients_can_be_read(trainer)
 
-        def stepping(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._before = [weight.clone() for weight in self._weights]
-
-        self._handles += [optimizer.register_step_pre_hook(stepping) for optimizer in trainer.optimizers]
+    @override
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Keeps the weights."""
+        self._before = [weight.clone() for weight in self._weights]
 
     @override
     def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:

@@ -53,7 +53,9 @@ class TPGMCallback(RadiusCallback):
             callable (pl_module, batch) -> Tensor.
         when: ``"training"``: after every optimizer step. ``"fit_end"``: the fit is plain fine-tuning, and at its end
             the radii are learned in ``radius_steps`` updates at once and the weights projected (the authors' recipe for
-            CLIP on ImageNet: ``norm="l2", radius_steps=200``). See also `lightning_tpgm.project_checkpoint`.
+            CLIP on ImageNet: ``norm="l2", radius_steps=200``). Checkpoints that were written during the fit hold the
+            fine-tuned weights; ``trainer.save_checkpoint`` after it saves the projected ones, and
+            `lightning_tpgm.project_checkpoint` projects one that exists.
 
     Raises:
         MisconfigurationException: For an argument out of its range, in the constructor; when the fit is set up, for
@@ -71,13 +73,13 @@ class TPGMCallback(RadiusCallback):
 
     _SHOWN = ("radius_lr", "norm", "radius_steps", "every_n_steps", "exclude")
     _held_out: HeldOutBatches | None
-    _held_out_state: dict[str, int] | None
+    _held_out_state: dict[str, int]
     _held_out_loss: Tensor | None
     _warned: bool
 
     def __init__(
         self,
-        dataloader: DataLoader[Any] | Callable[[], Any] | Iterable[Any] | str | None = None,
+        dataloader: DataLoader | Callable[[], Any] | Iterable[Any] | str | None = None,  # type: ignore[type-arg]
         *,
         radius_lr: float = 1e-2,
         norm: Norm = "mars",
@@ -189,7 +191,7 @@ class TPGMCallback(RadiusCallback):
         super().reset_method()
         self._steps = 0  # optimizer steps seen
         self._held_out = None
-        self._held_out_state = None
+        self._held_out_state = {}
         self._held_out_loss = None  # of the last update, until it is logged
         self._skipped = torch.zeros((), dtype=torch.long)  # updates that were not finite
         self._warned = False
@@ -280,6 +282,13 @@ class TPGMCallback(RadiusCallback):
         """Whether a value may be read from the device now: at the logging cadence, else a GPU would wait every step."""
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # a connector sets it
         return self._skipped.device.type == "cpu" or (batch_idx + 1) % every == 0
+
+    @override
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super()._begin(trainer, pl_module)
+        if not self._held_out_state:  # a fresh run: from now on the order of the held-out data is settled
+            seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
+            self._held_out_state = {"seed": seed, "drawn": 0, "passes": 0, "position": 0}
 
     def _close_held_out(self) -> None:
         if self._held_out is not None:
