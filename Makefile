@@ -23,8 +23,8 @@ lint: $(VENV)/.installed-dev  ## style, format and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-tests: $(VENV)/.installed-dev  ## tests and doctests with coverage; options in PYTEST_ARGS
-	$(VENV)/bin/pytest --cov $(PYTEST_ARGS)
+tests: $(VENV)/.installed-dev  ## tests and doctests; options in PYTEST_ARGS, for instance --cov
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
 
 # The checks run in the root folder with -I: the package that they import is the installed one.
 package: $(VENV)/.installed-dev $(VENV_PACKAGE)/.installed  ## build, look into the wheel, import it with no extras installed

