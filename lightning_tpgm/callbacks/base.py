@@ -81,8 +81,8 @@ class AnchoredCallback(pl.Callback):
         self._parameters: dict[str, Tensor] = {}  # constrained now
         self._anchor: dict[str, Tensor] = {}  # of these, by the same names
         self._waiting: dict[str, Tensor] = {}  # frozen yet
-        self._may_join: list[str] = []  # their names
-        self._pretrained: dict[str, Tensor] | None = None  # what `pretrained` holds for those not constrained yet
+        self._may_join: dict[str, Tensor | None] = {}  # their names and pretrained values; None: what they are then
+        self._pretrained: dict[str, Tensor] | None = None  # all that `pretrained` holds, until the fit starts
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the fit starts
         self._sharding = Sharding([], self.norm)
         self._handles: list[RemovableHandle] = []
@@ -135,8 +135,8 @@ class AnchoredCallback(pl.Callback):
         """Refuses unsupported strategies and reads ``pretrained``, so that mistakes show before any work is done."""
         if stage != "fit":
             return
-        self._loaded = None
         if trainer.fit_loop.total_batch_idx < 0:  # a fresh trainer: a checkpoint that it resumes from is loaded later
+            self._loaded = None
             self._forget()
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise MisconfigurationException(
@@ -204,7 +204,8 @@ class AnchoredCallback(pl.Callback):
         if not self._begun:
             return {}
         anchor = {name: full(anchor).cpu() for name, anchor in self._anchor.items()}
-        return {"anchor": anchor, "waiting": self._may_join, "method": self.method_state()}
+        waiting = {name: None if value is None else full(value).cpu() for name, value in self._may_join.items()}
+        return {"anchor": anchor, "waiting": waiting, "method": self.method_state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -224,8 +225,7 @@ class AnchoredCallback(pl.Callback):
             candidates = constrainable(pl_module, self.exclude, buffers=self._constrains_buffers)
         state, self._loaded = self._loaded, None
         if state is not None:
-            self._anchor = self._verified(state["anchor"], candidates)
-            candidates = {name: p for name, p in candidates.items() if name in self._anchor or name in state["waiting"]}
+            self._anchor, self._may_join = self._verified(state["anchor"], candidates), state["waiting"]
         elif trainer.fit_loop.total_batch_idx < 0 or trainer.ckpt_path is not None or self._fitted() is not pl_module:
             self._forget()
             if trainer.fit_loop.total_batch_idx >= 0 and trainer.ckpt_path is not None and self.pretrained is None:
@@ -234,21 +234,23 @@ class AnchoredCallback(pl.Callback):
                     f" {self.state_key!r}), so the pretrained weights are not known any more. Pass them as"
                     " `pretrained`, for instance the checkpoint that the first run started from."
                 )
+            self._may_join = dict.fromkeys(candidates)
+            if self._pretrained is not None and candidates:
+                with configuration_errors():
+                    self._may_join = {**match_pretrained(self._pretrained, candidates, self._report)}
         # else the same trainer goes on with the same module, and everything is still here
         self._fitted = weakref.ref(pl_module)
         self._begun, self._saw_batch, self._saw_step = True, False, False
         self._parameters = {name: candidates[name] for name in self._anchor}
         self._anchor = {name: capture(anchor, candidates[name]) for name, anchor in self._anchor.items()}
-        self._waiting = {name: p for name, p in candidates.items() if name not in self._anchor}
-        if self._pretrained is not None and candidates:
-            with configuration_errors():
-                self._pretrained = match_pretrained(self._pretrained, candidates, self._report)
-            self._waiting = {name: p for name, p in self._waiting.items() if name in self._pretrained}
+        self._waiting = {name: candidates[name] for name in self._may_join if name in candidates}
+        self._pretrained = None
         if state is not None:
             self.load_method_state(state["method"])
         self._join()
-        if self._pretrained is not None:  # a copy: the source may be a module that goes on training
-            self._pretrained = {name: self._pretrained[name].clone() for name in self._waiting}
+        for name, value in self._may_join.items():
+            if value is not None:  # a copy: the source may be a module that goes on training
+                self._may_join[name] = value.clone()
         self._check_something_to_do(trainer, pl_module)
 
     def _forget(self) -> None:
@@ -284,10 +286,9 @@ class AnchoredCallback(pl.Callback):
         """Constrain the waiting parameters that are trainable now."""
         new = {n: p for n, p in self._waiting.items() if p.requires_grad or not isinstance(p, nn.Parameter)}
         for name, parameter in new.items():
-            value = parameter if self._pretrained is None else self._pretrained.pop(name)
-            self._anchor[name] = capture(value, parameter)
+            value = self._may_join.pop(name)
+            self._anchor[name] = capture(parameter if value is None else value, parameter)
             self._parameters[name] = self._waiting.pop(name)
-        self._may_join = list(self._waiting)
         self._sharding = Sharding(list(self._parameters.values()), self.norm)
         if new:
             self.joined(list(new))
