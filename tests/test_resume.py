@@ -109,8 +109,8 @@ class Stop(Exception):
 
 @pytest.fixture(autouse=True)
 def _interrupt_handler() -> Iterator[None]:
-    """Lightning leaves Ctrl-C switched off after it caught one."""
-    handler = signal.getsignal(signal.SIGINT)
+    """Ctrl-C raises: a job in the background starts with it off, and Lightning leaves it off after it caught one."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)
 
