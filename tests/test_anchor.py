@@ -365,6 +365,7 @@ class Unfreeze(BaseFinetuning):
 
 @pytest.mark.parametrize("given", [True, False])
 def test_parameters_unfrozen_later_join_with_the_anchor_of_the_start(given: bool) -> None:
+    torch.manual_seed(0)  # the held-out order decides whether a radius leaves its floor in so few steps
     module = toy()
     start = weights(toy(seed=1) if given else module)
     callback = TPGMCallback(pretrained=dict(start) if given else None)
