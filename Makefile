@@ -8,13 +8,23 @@ PYTEST_ARGS ?=
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint tests package demo-quick oldest env clean distclean
+.PHONY: help demo benchmark benchmark-quick test lint tests package demo-quick oldest env clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-demo  ## install, then fine-tune the digits example and write its figures
 	$(VENV)/bin/python examples/digits/demo.py
+
+benchmark: $(VENV)/.installed-benchmark  ## all methods on three suites: hours; goes on where it was interrupted. Needs npm
+	$(VENV)/bin/python examples/benchmark/prepare.py
+	$(VENV)/bin/python examples/benchmark/benchmark.py
+	$(VENV)/bin/python examples/benchmark/summary.py
+
+benchmark-quick: $(VENV)/.installed-benchmark  ## the same at its smallest, in minutes: that it runs, not what it finds
+	$(VENV)/bin/python examples/benchmark/prepare.py
+	$(VENV)/bin/python examples/benchmark/benchmark.py --seeds 1 --epochs 1 --first --output demo_output/benchmark
+	$(VENV)/bin/python examples/benchmark/summary.py --results demo_output/benchmark
 
 test: lint tests package demo-quick oldest  ## everything that CI runs
 
@@ -63,6 +73,10 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt lightning_tpgm/__init__.p
 
 $(VENV)/.installed-demo: pyproject.toml constraints.txt lightning_tpgm/__init__.py | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[examples]'
+	touch $@
+
+$(VENV)/.installed-benchmark: pyproject.toml constraints.txt lightning_tpgm/__init__.py | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[benchmark]'
 	touch $@
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt lightning_tpgm/__init__.py | $(VENV_OLDEST)/bin/python

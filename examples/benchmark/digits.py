@@ -1,0 +1,38 @@
+"""The digits suite: the setting of examples/digits."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.utils.data import TensorDataset
+
+from suite import Data, Suite
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "digits"))
+from data import CHECKPOINT, shifted_domains, sklearn_digits
+from model import DigitClassifier
+
+
+@cache
+def data_sets() -> tuple[TensorDataset, dict[str, TensorDataset]]:
+    """1,000 of scikit-learn's digits to fine-tune on; the other 797, and MNIST under shifts, to test on."""
+    images, labels = sklearn_digits().tensors
+    test, pool = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).split([797, 1000])
+    domains = {"digits": TensorDataset(images[test], labels[test]), **shifted_domains()}
+    return TensorDataset(images[pool], labels[pool]), domains
+
+
+SUITE = Suite(
+    name="digits",
+    data=lambda seed: Data(*data_sets(), seed, train=400, held_out=100, choice=400),
+    model=lambda lr: DigitClassifier(lr, str(CHECKPOINT), freeze_statistics=True),
+    head="head.*",
+    probe_first=False,
+    learning_rates=(3e-4, 1e-3, 3e-3),
+    epochs=20,
+    in_distribution="digits",
+    groups={"seen in pretraining": ("clean", "rotated", "noisy", "blurred", "inverted", "low contrast", "shifted")},
+)

@@ -1,0 +1,82 @@
+"""Leads: variants of TPGM's rule that might serve users better, tried in the settings of the benchmark.
+
+They reach into the package, so that it need not carry options that lose. A variant that wins on at least two suites by
+more than twice the standard error becomes an option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from unittest import mock
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+import lightning_tpgm.callbacks.tpgm
+from lightning_tpgm import TPGMCallback
+from lightning_tpgm.norms import Norm, deviation
+from lightning_tpgm.projection import EPS, row_dot
+from lightning_tpgm.radii import Radii
+from methods import Method, over
+
+
+class LogRadii(Radii):
+    """Adam moves log(gamma), so an update does not depend on the scale of a tensor's distances."""
+
+    @override
+    def adam(self, grad: Tensor, where: Tensor) -> None:
+        """dLoss/dlog(gamma) = gamma dLoss/dgamma."""
+        radius = self.value
+        super().adam(radius * grad, where)
+        self.value = radius * torch.exp(self.value - radius)
+
+
+class LogTPGM(TPGMCallback):
+    """Learns log(gamma)."""
+
+    @override
+    def reset_method(self) -> None:
+        """Uses such radii."""
+        super().reset_method()
+        self._radii = LogRadii(self.radius_lr)
+
+
+def left_derivative(
+    grad: Tensor, weight: Tensor, anchor: Tensor, distance: Tensor, radius: Tensor, norm: Norm
+) -> Tensor:
+    """The radius gradient with the rows at the boundary counted: a radius at its bound can shrink."""
+    slope = row_dot(grad, deviation(weight, anchor), norm) / (distance + EPS)
+    return torch.where(radius <= distance, slope, 0).sum()
+
+
+class BoundaryTPGM(TPGMCallback):
+    """Takes the left derivative at the boundary."""
+
+    @override
+    def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Does so by that gradient."""
+        with mock.patch.object(lightning_tpgm.callbacks.tpgm, "radius_gradient", left_derivative):
+            super().after_optimizer_step(trainer, pl_module, optimizer)
+
+
+class WideTPGM(TPGMCallback):
+    """Starts every radius at the largest distance of the first step, not at half of the smallest."""
+
+    @override
+    def _measure(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Starts the radii, too."""
+        distances, largest = super()._measure(weights)
+        self._radii.start(largest)
+        return distances, largest
+
+
+LEADS = (
+    Method("log radius, mars", over(radius_lr=(0.03, 0.1)), partial(LogTPGM, norm="mars")),
+    Method("log radius, l2", over(radius_lr=(0.03, 0.1)), partial(LogTPGM, norm="l2")),
+    Method("boundary gradient, l2", over(radius_lr=(0.01,)), partial(BoundaryTPGM, norm="l2")),
+    Method("wide start, mars", over(radius_lr=(0.01,)), partial(WideTPGM, norm="mars")),
+)
