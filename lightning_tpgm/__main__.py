@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-
+from lightning_tpgm.framework import classes, pl, same_package
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.post_hoc import project_checkpoint
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+else:
+    LightningModule = reduce(or_, classes("core:LightningModule"))  # of either package
+
 
 def project(
-    model: pl.LightningModule,
+    model: LightningModule,
     pretrained: str,
     finetuned: str,
     dataloader: str,
@@ -44,7 +50,9 @@ def project(
         precision: As in Lightning's Trainer.
     """
     options: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "precision": precision}
-    trainer = pl.Trainer(**options, logger=False, enable_checkpointing=False, enable_model_summary=False)
+    trainer: pl.Trainer = same_package(model, "trainer:Trainer")(
+        **options, logger=False, enable_checkpointing=False, enable_model_summary=False
+    )
     callback = project_checkpoint(
         model,
         pretrained,

@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lightning_tpgm.framework import MisconfigurationException, is_param_in_hook_signature, pl, same_package, to_device
 from lightning_tpgm.heldout import HeldOutBatch
 from lightning_tpgm.isolation import isolated_generators
 from lightning_tpgm.sharding import is_fsdp2
@@ -82,9 +79,7 @@ class HeldOutLoss:
 
     def _value(self, trainer: pl.Trainer, pl_module: pl.LightningModule, drawn: HeldOutBatch) -> Tensor | None:
         with _validating(trainer):
-            batch = trainer.precision_plugin.convert_input(drawn.batch)
-            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=drawn.dataloader_idx)
-            drawn = drawn._replace(batch=trainer.strategy.batch_to_device(batch, dataloader_idx=drawn.dataloader_idx))
+            drawn = drawn._replace(batch=to_device(trainer, pl_module, drawn.batch, drawn.dataloader_idx))
         with trainer.precision_plugin.train_step_context():
             if self.loss is None:
                 source, output = "training_step", self._training_step(pl_module, drawn)
@@ -140,7 +135,7 @@ def _autograd_grad(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tenso
 def _validating(trainer: pl.Trainer) -> Iterator[None]:
     """Data hooks see a validation batch: held-out data get no training augmentation."""
     stage = trainer.state.stage
-    trainer.state.stage = RunningStage.VALIDATING
+    trainer.state.stage = same_package(trainer, "trainer.states:RunningStage").VALIDATING
     try:
         yield
     finally:

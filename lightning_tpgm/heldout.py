@@ -8,14 +8,20 @@ from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
+
+from lightning_tpgm.framework import (
+    CombinedLoader,
+    MisconfigurationException,
+    classes,
+    pl,
+    rank_zero_info,
+    uses_distributed_sampler,
+    validation_source,
+)
 
 
 class HeldOutBatch(NamedTuple):
@@ -98,7 +104,7 @@ def _one_pass(loaders: list[Iterable[Any]], passes: int) -> Iterator[HeldOutBatc
         sampler = getattr(loader, "sampler", None)
         if isinstance(sampler, DistributedSampler):
             sampler.set_epoch(passes)
-        if isinstance(loader, CombinedLoader):  # gives all three already
+        if _is_combined(loader):  # gives all three already
             yield from map(HeldOutBatch._make, loader)
         else:
             for batch_idx, batch in enumerate(loader):
@@ -128,7 +134,7 @@ def held_out_batches(
         loaders, described = [resolve_loader(source)], "`dataloader`"
     seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62) if state is None else state["seed"]
     replicas = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-    if source is None or (replicas["num_replicas"] > 1 and trainer._accelerator_connector.use_distributed_sampler):
+    if source is None or (replicas["num_replicas"] > 1 and uses_distributed_sampler(trainer)):
         shuffle = True if source is None else None
         loaders = [rebuild_loader(loader, shuffle=shuffle, seed=seed, **replicas) for loader in loaders]
     rank_zero_info(f"The radii are learned on {described}.")
@@ -140,7 +146,7 @@ def held_out_batches(
 
 def has_default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """Whether `default_loaders` will find any."""
-    return _tpgm_hook(trainer, pl_module) is not None or _validation_source(trainer).is_defined()
+    return _tpgm_hook(trainer, pl_module) is not None or validation_source(trainer).is_defined()
 
 
 def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[list[Iterable[Any]], str]:
@@ -163,7 +169,7 @@ def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
         return found, described
     loaders = trainer.val_dataloaders
     if loaders is None:  # validation is switched off
-        loaders = _validation_source(trainer).dataloader()
+        loaders = validation_source(trainer).dataloader()
     described = (
         "the validation data. Choosing radii and checkpoints on the same data makes the validation score optimistic; to"
         " keep them apart pass `dataloader` or define tpgm_dataloader()"
@@ -172,7 +178,11 @@ def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
 
 
 def _flat(loaders: Any) -> list[Any]:
-    return [loaders] if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders).flattened
+    return [loaders] if _is_combined(loaders) else CombinedLoader(loaders).flattened
+
+
+def _is_combined(loader: object) -> bool:
+    return isinstance(loader, classes("utilities.combined_loader:CombinedLoader"))
 
 
 def _tpgm_hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
@@ -181,14 +191,6 @@ def _tpgm_hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         if hook is not None:
             return hook
     return None
-
-
-def _validation_source(trainer: pl.Trainer) -> Any:
-    """Lightning's own view of where validation loaders come from (fit's argument, the datamodule, the module).
-
-    Private: `trainer.val_dataloaders` is None when validation is switched off.
-    """
-    return trainer.fit_loop.epoch_loop.val_loop._data_source
 
 
 def resolve_loader(dataloader: Iterable[Any] | Callable[[], Iterable[Any]] | str) -> Iterable[Any]:

@@ -10,14 +10,13 @@ from operator import is_
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torchmetrics import Metric
+
+from lightning_tpgm.framework import DummyLogger, classes, isolate_rng, pl, results_put_aside
 
 
 @contextmanager
@@ -57,26 +56,21 @@ def isolated_generators() -> Iterator[None]:
 @contextmanager
 def _silent(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
     """Nothing is logged: neither through `self.log` of the module and its parts nor through the loggers."""
-    modules = [module for module in pl_module.modules() if isinstance(module, pl.LightningModule)]
+    modules = [module for module in pl_module.modules() if isinstance(module, classes("core:LightningModule"))]
     own: list[dict[str, Any]] = [{k: vars(m)[k] for k in ("log", "log_dict") if k in vars(m)} for m in modules]
     loggers = trainer.loggers
-    # for parts that were given the bound method `log`: what they log is thrown away
-    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
-    results, current_fx = loop._results, connector._current_fx
     try:
-        loop._results = type(results)(training=True)
-        loop._results.batch, loop._results.batch_size = results.batch, results.batch_size
         trainer.loggers = [DummyLogger() for _ in loggers]
         for module in modules:
             vars(module).update(log=_ignore, log_dict=_ignore)
-        yield
+        with results_put_aside(trainer):
+            yield
     finally:
         for module, names in zip(modules, own, strict=True):
             for name in ("log", "log_dict"):
                 vars(module).pop(name, None)
             vars(module).update(names)
         trainer.loggers = loggers
-        loop._results, connector._current_fx = results, current_fx
 
 
 def _ignore(*_: Any, **__: Any) -> None:
@@ -106,14 +100,16 @@ class _Memory:
     _MODULE_STATE = frozenset(vars(nn.Module())) - {"_buffers"}  # torch's own bookkeeping
     _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
     _OPAQUE = (
-        *(Tensor, np.ndarray, type, ModuleType, FunctionType, MethodType, torch.utils.data.Dataset),
-        *(torch.utils.data.DataLoader, pl.Trainer, pl.LightningDataModule, pl.Callback),
+        *(Tensor, np.ndarray, type, ModuleType, FunctionType, MethodType),
+        *(torch.utils.data.Dataset, torch.utils.data.DataLoader),
     )
     _FOREIGN = frozenset(
         {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy", "lightning_tpgm"}
     )
 
     def __init__(self) -> None:
+        lightning = ("trainer:Trainer", "core:LightningDataModule", "callbacks:Callback")
+        self._opaque = (*self._OPAQUE, *(found for name in lightning for found in classes(name)))
         self._undo: list[Callable[[], None]] = []
         self._seen: dict[int, Any] = {}
 
@@ -139,7 +135,7 @@ class _Memory:
 
     def _keep(self, value: Any, inside_object: bool = False) -> None:
         """Remember what a container or object holds; tensors and arrays in it by reference only."""
-        if id(value) in self._seen or isinstance(value, self._OPAQUE):
+        if id(value) in self._seen or isinstance(value, self._opaque):
             return
         if isinstance(value, nn.Module):  # one that is hidden in a container
             for module in value.modules():

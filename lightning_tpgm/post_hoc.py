@@ -8,11 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -21,6 +17,7 @@ from lightning_tpgm.anchor import Pretrained, capture, match_names, read_file, r
 from lightning_tpgm.callbacks.base import check
 from lightning_tpgm.callbacks.tpgm import TPGMCallback
 from lightning_tpgm.evaluation import Loss
+from lightning_tpgm.framework import DummyLogger, MisconfigurationException, pl, same_package, starts_functions
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.selection import clean_name
 from lightning_tpgm.sharding import full, local, reshard
@@ -92,8 +89,9 @@ def project_checkpoint(
         when="fit_end",
     )
     if trainer is None:
-        trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_model_summary=False)
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        make = same_package(model, "trainer:Trainer")
+        trainer = make(logger=False, enable_checkpointing=False, enable_model_summary=False)
+    if starts_functions(trainer):
         raise MisconfigurationException(
             "`trainer` should run in the process that calls it, found a strategy that starts its processes as functions"
             " (ddp_spawn, ddp_notebook), which keep what they learned to themselves. Pass strategy='ddp'."

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 import benchmark
 import cache
 import summary
-from methods import ALPHAS, METHODS, PLAIN, POST_HOC, PRETRAINED, WISE_FT
+from methods import ALPHAS, FIXED, METHODS, PLAIN, POST_HOC, PRETRAINED, WISE_FT
 from results import Result, append, choose, mean_and_error, of, read
 from suite import Suite, load_suite
 
@@ -113,7 +113,7 @@ def test_every_method_runs_and_nothing_runs_twice(small: Suite, tmp_path: Path) 
     assert [each.accuracies for each in ends[0]] == [each.accuracies for each in found.of(PRETRAINED.name)]
     assert [each.accuracies for each in ends[1]] == [each.accuracies for each in found.plain]
     assert found.gain(PLAIN.name, found.shifted) == (0.0, 0.0)
-    assert summary.table([found]).count("\n") == len(METHODS) + 2
+    assert summary.table([found]).count("\n") == len(METHODS) + len(FIXED) + 2
     summary.draw([found], tmp_path)
     assert (tmp_path / "trade_off.png").stat().st_size > 10_000
 
@@ -125,3 +125,24 @@ def test_post_hoc_projection_changes_the_fine_tuned_module(small: Suite) -> None
         for method, own in ((PLAIN, {}), (POST_HOC, {"radius_steps": 2}))
     )
     assert plain != projected
+
+
+@pytest.mark.parametrize("name", summary.present())
+def test_committed_results_are_complete(name: str) -> None:
+    suite = summary.SuiteResults(name)
+    assert suite.seeds == list(range(benchmark.SEEDS))
+    for method in (*METHODS, *FIXED):
+        assert len(suite.of(method.name)) == benchmark.SEEDS
+        columns = [domain for domains in suite.columns.values() for domain in domains]
+        assert set(columns) == set(suite.plain[0].accuracies)
+
+
+def test_readmes_have_the_tables_of_the_committed_results() -> None:
+    assert len(summary.present()) >= 2
+    for path, text in summary.documents().items():
+        assert path.read_text() == text
+
+
+def test_put_changes_nothing_but_what_is_between_the_marks() -> None:
+    text = "a\n<!-- table of x: begin -->\nold\n<!-- table of x: end -->\nb\n"
+    assert summary.put(text, "x", "new\n") == text.replace("old", "new")

@@ -35,7 +35,8 @@ from lightning_tpgm import (
     TPGMCallback,
     WiSEFTCallback,
 )
-from lightning_tpgm.callbacks.base import AnchoredCallback, GradientCallback
+from lightning_tpgm.callbacks.base import AnchoredCallback
+from lightning_tpgm.callbacks.gradient import GradientCallback
 from lightning_tpgm.callbacks.radius import RadiusCallback
 from properties import assert_inside_ball, assert_same
 from reference import ReferenceFTP, ReferenceSPD

@@ -66,7 +66,7 @@ def test_constraints_pin_all_that_tests_install(file: str) -> None:
             assert requirement.specifier.contains(pinned_version(pinned[name])), f"{file}: {requirement}"
 
 
-@pytest.mark.parametrize("name", ["lightning", "torchmetrics", "jsonargparse", "matplotlib", "safetensors"])
+@pytest.mark.parametrize("name", ["pytorch-lightning", "torchmetrics", "jsonargparse", "matplotlib", "safetensors"])
 def test_oldest_constraints_pin_the_declared_bounds(name: str) -> None:
     (bound,) = {bound for requirement in declared() if requirement.name == name for bound in requirement.specifier}
     assert bound.operator == ">="

@@ -49,6 +49,21 @@ def ema(decay: float) -> Callback:
     return EMAWeightAveraging(decay=decay)
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """A setting that is reported whatever is chosen.
+
+    Attributes:
+        name: As in the tables.
+        method: The method whose grid it is in.
+        settings: The setting.
+    """
+
+    name: str
+    method: str
+    settings: Mapping[str, Any]
+
+
 RADII: tuple[dict[str, Any], ...] = (
     {"radius_lr": 0.01, "radius_steps": 1},
     {"radius_lr": 0.01, "radius_steps": 2},
@@ -74,4 +89,9 @@ METHODS = (
     Method("TPGM, mars", tuple({"norm": "mars", **setting} for setting in RADII), TPGMCallback),
     Method("TPGM, l2", tuple({"norm": "l2", **setting} for setting in RADII), TPGMCallback),
     POST_HOC,
+)
+FIXED = (
+    Fixed("TPGM, mars, radius_lr 0.01", "TPGM, mars", {"norm": "mars", "radius_lr": 0.01, "radius_steps": 1}),
+    Fixed("TPGM, mars, radius_lr 0.1", "TPGM, mars", {"norm": "mars", "radius_lr": 0.1, "radius_steps": 1}),
+    Fixed("TPGM after the fact, 200 steps", POST_HOC.name, {"radius_steps": 200}),
 )

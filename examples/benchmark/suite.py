@@ -66,6 +66,7 @@ class Suite:
         head: Pattern of the names of the head's parameters.
         probe_first: Whether every method starts from a linear probe, because the head has no pretrained weights.
         learning_rates: The grid for plain fine-tuning; all methods use the one that is chosen.
+        also: Learning rates at which plain fine-tuning is reported, and that are not chosen.
         epochs: Of fine-tuning, and of a linear probe.
         in_distribution: The domain of the training data.
         groups: The other domains: name of the group, its domains.
@@ -84,6 +85,7 @@ class Suite:
     groups: Mapping[str, tuple[str, ...]]
     precision: str = "32-true"
     selection_seeds: int = 3
+    also: tuple[float, ...] = ()
 
     @property
     def domains(self) -> tuple[str, ...]:

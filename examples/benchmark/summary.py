@@ -1,6 +1,6 @@
 """Tables and figures of the committed results.
 
-python examples/benchmark/summary.py          # write the README's table and the figures
+python examples/benchmark/summary.py          # write the READMEs' tables and the figures
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from methods import ALPHAS, METHODS, PLAIN, WISE_FT
+from leads import LEADS
+from methods import ALPHAS, FIXED, LINEAR_PROBE, METHODS, PLAIN, WISE_FT, Fixed, Method
 from results import FOLDER, Result, Settings, mean_and_error, of, read
 from suite import SUITES
 
-README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- benchmark table: begin -->\n", "<!-- benchmark table: end -->\n"
+OVERVIEW = Path(__file__).parents[2] / "README.md"
+DETAILS = Path(__file__).parent / "README.md"
+
+
+def present(folder: Path = FOLDER) -> list[str]:
+    """The suites that have results."""
+    return [name for name in SUITES if (folder / f"{name}.json").exists()]
 
 
 class SuiteResults:
@@ -53,12 +59,16 @@ class SuiteResults:
         return [domain for domains in self.groups.values() for domain in domains]
 
     def of(self, method: str, settings: Settings | None = None) -> list[Result]:
-        """The results of a method, in the order of the seeds; None: with its chosen settings."""
+        """The results of a method or a fixed setting, in the order of the seeds; None: with its chosen settings."""
+        for fixed in FIXED:
+            if fixed.name == method:
+                method, settings = fixed.method, {**self.chosen[PLAIN.name], **fixed.settings}
         return of(self.results, method, self.chosen[method] if settings is None else settings, self.seeds)
 
     def own_settings(self, method: str) -> str:
         """The chosen settings that are the method's own."""
-        own = {name: value for name, value in self.chosen[method].items() if name not in ("lr", "probe_lr", "norm")}
+        shared = ("norm",) if method == LINEAR_PROBE.name else ("norm", "lr", "probe_lr")
+        own = {name: value for name, value in self.chosen[method].items() if name not in shared}
         return ", ".join(f"{name} {value:g}" for name, value in own.items())
 
     def accuracy(self, method: str, domains: Sequence[str]) -> tuple[float, float]:
@@ -71,19 +81,21 @@ class SuiteResults:
         return mean_and_error([100 * (result.mean(domains) - plain.mean(domains)) for result, plain in pairs])
 
     def cell(self, method: str, domains: Sequence[str]) -> str:
-        """An accuracy, and the gain over plain fine-tuning."""
+        """An accuracy, and the gain over plain fine-tuning; empty for a method that was not tried."""
+        if method not in self.chosen and method not in [fixed.name for fixed in FIXED]:
+            return ""
         accuracy, _ = self.accuracy(method, domains)
         gain, error = self.gain(method, domains)
         return f"{accuracy:.1f}" if method == PLAIN.name else f"{accuracy:.1f} ({gain:+.1f} ± {error:.1f})"
 
 
-def table(suites: Sequence[SuiteResults]) -> str:
-    """All methods on all suites, in Markdown."""
+def table(suites: Sequence[SuiteResults], methods: Sequence[Method | Fixed] = (*METHODS, *FIXED)) -> str:
+    """Methods on suites, in Markdown."""
     columns = [(suite, heading, domains) for suite in suites for heading, domains in suite.columns.items()]
     rows = [
         ["", *(f"{suite.name}: {heading}" for suite, heading, _ in columns)],
         ["---", *("---:" for _ in columns)],
-        *([method.name, *(suite.cell(method.name, domains) for suite, _, domains in columns)] for method in METHODS),
+        *([method.name, *(suite.cell(method.name, domains) for suite, _, domains in columns)] for method in methods),
     ]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -144,23 +156,36 @@ def draw(suites: Sequence[SuiteResults], folder: Path = FOLDER) -> None:
     figure.savefig(folder / "radii.png", dpi=110)
 
 
-def with_table(readme: str, suites: Sequence[SuiteResults]) -> str:
-    """The text of the README with the table of these results between its marks."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + table(suites) + END + rest.split(END)[1]
+def put(text: str, name: str, table: str) -> str:
+    """The text with a table between the marks of this name."""
+    begin, end = (f"<!-- table of {name}: {edge} -->\n" for edge in ("begin", "end"))
+    before, rest = text.split(begin)
+    return before + begin + table + end + rest.split(end)[1]
+
+
+def documents() -> dict[Path, str]:
+    """The two READMEs, with the tables of the committed results in them."""
+    suites = [SuiteResults(name) for name in present()]
+    tried = [suite for suite in suites if any(lead.name in suite.chosen for lead in LEADS)]
+    rivals = [method for method in METHODS if method.name in ("plain fine-tuning", "TPGM, mars", "TPGM, l2")]
+    details = put(DETAILS.read_text(), "settings", settings_table(suites))
+    return {
+        OVERVIEW: put(OVERVIEW.read_text(), "all methods", table(suites)),
+        DETAILS: put(details, "leads", table(tried, (*rivals, *FIXED, *LEADS))),
+    }
 
 
 def main() -> None:
-    """Write the README's table and the figures, or print what another folder holds."""
+    """Write the READMEs' tables and the figures, or print what another folder holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results (default: %(default)s)")
     arguments = parser.parse_args()
-    suites = [SuiteResults(name, arguments.results) for name in SUITES if (arguments.results / f"{name}.json").exists()]
+    suites = [SuiteResults(name, arguments.results) for name in present(arguments.results)]
     draw(suites, arguments.results)
-    print(table(suites))
-    print(settings_table(suites))
+    print(table(suites), settings_table(suites), sep="\n")
     if arguments.results == FOLDER:
-        README.write_text(with_table(README.read_text(), suites))
+        for path, text in documents().items():
+            path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained, capture, match_pretrained, read_pretrained
+from lightning_tpgm.framework import (
+    Callback,
+    MisconfigurationException,
+    callbacks_of,
+    classes,
+    pl,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.projection import row_dot
 from lightning_tpgm.selection import constrainable
@@ -55,7 +59,7 @@ def _nothing() -> None:
     pass
 
 
-class AnchoredCallback(pl.Callback):
+class AnchoredCallback(Callback):
     """Base of all methods: knows the constrained parameters and their anchors, and acts after every optimizer step.
 
     The anchor of a parameter is captured when the parameter is first seen trainable: at the start of the fit, or when a
@@ -138,7 +142,7 @@ class AnchoredCallback(pl.Callback):
         if trainer.fit_loop.total_batch_idx < 0:  # a fresh trainer: a checkpoint that it resumes from is loaded later
             self._loaded = None
             self._forget()
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        if isinstance(trainer.strategy, classes("strategies:FSDPStrategy") + classes("strategies:DeepSpeedStrategy")):
             raise MisconfigurationException(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which hides the parameters"
                 " in flat buffers. Use DDPStrategy, or ModelParallelStrategy (FSDP2, tensor parallel)."
@@ -273,8 +277,8 @@ class AnchoredCallback(pl.Callback):
         rank_zero_info(f"{type(self).__name__}: {text}")
 
     def _check_something_to_do(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
-        unfreezes = any(isinstance(callback, BaseFinetuning) for callback in callbacks)
+        unfreezing = classes("callbacks:BaseFinetuning")
+        unfreezes = any(isinstance(callback, unfreezing) for callback in callbacks_of(trainer))
         if not self._parameters and not (self._waiting and unfreezes):
             raise MisconfigurationException(
                 f"{type(self).__name__} has nothing to constrain: of {len(list(pl_module.parameters()))} parameters"
@@ -357,38 +361,3 @@ class AnchoredCallback(pl.Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-class GradientCallback(AnchoredCallback):
-    """Base of the methods that change the gradients which an optimizer is about to use, before they are clipped."""
-
-    _changed = False
-
-    def change_gradients(self, optimizer: Optimizer) -> None:
-        """Change the ``.grad`` of the constrained parameters that this optimizer steps."""
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Also refuses optimizers whose gradients cannot be read."""
-        super().on_train_start(trainer, pl_module)
-        self._check_gradients_can_be_read(trainer)
-
-    @override
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Changes the gradients: they are unscaled and not clipped yet."""
-        if self._parameters:
-            with torch.no_grad():
-                self.change_gradients(optimizer)
-        self._changed = True
-
-    @override
-    def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Refuses a step that Lightning did not see: its gradients were not changed."""
-        if not self._changed:
-            raise MisconfigurationException(
-                f"{type(self).__name__} changes gradients in Lightning's on_before_optimizer_step, and {optimizer!r}"
-                " stepped without it. Step the optimizer that self.optimizers() returns, with use_pl_optimizer=True."
-            )
-        self._changed = False

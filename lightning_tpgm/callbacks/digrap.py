@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained, capture
-from lightning_tpgm.callbacks.base import GradientCallback, check, is_number, to_cpu
+from lightning_tpgm.callbacks.base import check, is_number, to_cpu
+from lightning_tpgm.callbacks.gradient import GradientCallback
+from lightning_tpgm.framework import pl
 from lightning_tpgm.norms import deviation
 from lightning_tpgm.radii import LearnedScalars
 from lightning_tpgm.sharding import full, local

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,6 +13,7 @@ from typing_extensions import override
 from lightning_tpgm.anchor import Pretrained, capture
 from lightning_tpgm.callbacks.base import check, is_number, to_cpu
 from lightning_tpgm.callbacks.radius import RadiusCallback
+from lightning_tpgm.framework import pl
 from lightning_tpgm.norms import Norm, deviation
 from lightning_tpgm.projection import EPS, MIN_RADIUS, row_dot
 from lightning_tpgm.sharding import full, local

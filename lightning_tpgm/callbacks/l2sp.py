@@ -8,7 +8,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained
-from lightning_tpgm.callbacks.base import GradientCallback, check, is_number
+from lightning_tpgm.callbacks.base import check, is_number
+from lightning_tpgm.callbacks.gradient import GradientCallback
 from lightning_tpgm.norms import deviation
 
 

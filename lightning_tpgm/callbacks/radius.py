@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained
 from lightning_tpgm.callbacks.base import AnchoredCallback, check, is_number
+from lightning_tpgm.framework import MisconfigurationException, callbacks_of, pl
 from lightning_tpgm.norms import NORMS, Norm, deviation, row_distance
 from lightning_tpgm.projection import project, ratio
 from lightning_tpgm.radii import Radii
@@ -47,7 +46,7 @@ class RadiusCallback(AnchoredCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Also refuses a second radius for the same parameters."""
         super().on_train_start(trainer, pl_module)
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+        callbacks = callbacks_of(trainer)
         for other in callbacks[: callbacks.index(self)]:
             if isinstance(other, RadiusCallback) and other.acts_after_steps() and self.acts_after_steps():
                 both = self._parameters.keys() & other._parameters.keys()

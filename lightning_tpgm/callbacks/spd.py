@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,6 +11,7 @@ from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained
 from lightning_tpgm.callbacks.base import AnchoredCallback, check, is_number
+from lightning_tpgm.framework import pl
 from lightning_tpgm.norms import deviation
 from lightning_tpgm.projection import project
 from lightning_tpgm.sharding import reshard

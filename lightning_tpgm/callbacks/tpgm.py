@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -20,6 +15,7 @@ from lightning_tpgm.anchor import Pretrained
 from lightning_tpgm.callbacks.base import check
 from lightning_tpgm.callbacks.radius import RadiusCallback
 from lightning_tpgm.evaluation import HeldOutLoss, Loss
+from lightning_tpgm.framework import MisconfigurationException, Tqdm, is_overridden, pl, rank_zero_warn
 from lightning_tpgm.heldout import HeldOutBatches, has_default_loaders, held_out_batches
 from lightning_tpgm.isolation import no_trace
 from lightning_tpgm.norms import Norm

@@ -7,15 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained, capture, match_pretrained, read_pretrained
 from lightning_tpgm.callbacks.base import AnchoredCallback, check, configuration_errors, is_number
+from lightning_tpgm.framework import MisconfigurationException, pl, rank_zero_info
 from lightning_tpgm.projection import project
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import local, reshard

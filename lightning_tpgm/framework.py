@@ -1,0 +1,160 @@
+"""Lightning under both of its names, and what this package needs of its private parts.
+
+`lightning.pytorch` and `pytorch_lightning` are the same code twice, with classes that do not know each other. A project
+uses one of them, and this package goes along: it does not import the other. Everything that it takes from Lightning
+comes through here, so this is also the one place to look at when Lightning changes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch import Callback
+    from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+    from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.utilities.combined_loader import CombinedLoader
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+    from lightning.pytorch.utilities.seed import isolate_rng
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+__all__ = [
+    "Callback",
+    "CombinedLoader",
+    "DummyLogger",
+    "MisconfigurationException",
+    "Tqdm",
+    "callbacks_of",
+    "classes",
+    "is_overridden",
+    "is_param_in_hook_signature",
+    "isolate_rng",
+    "pl",
+    "rank_zero_info",
+    "rank_zero_warn",
+    "results_put_aside",
+    "same_package",
+    "starts_functions",
+    "to_device",
+    "uses_distributed_sampler",
+    "validation_source",
+]
+
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _in_use() -> list[str]:
+    """What the project has imported; if it has imported none yet, all that are installed."""
+    imported = [package for package in PACKAGES if sys.modules.get(package)]
+    return imported or [package for package in PACKAGES if find_spec(package.partition(".")[0])]
+
+
+def _find(package: str, name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(f"{package}.{module}"), attribute)
+
+
+def classes(name: str) -> tuple[type, ...]:
+    """A class in every package that is imported, for `isinstance`.
+
+    Args:
+        name: Module and name within the package.
+
+    >>> {found.__name__ for found in classes("callbacks:BaseFinetuning")}
+    {'BaseFinetuning'}
+    """
+    return tuple(_find(package, name) for package in PACKAGES if sys.modules.get(package))
+
+
+def same_package(found: object, name: str) -> Any:
+    """Something from the package that an object's class comes from.
+
+    Args:
+        found: A trainer, a module or a callback.
+        name: Module and name within the package.
+    """
+    origins = (f"{base.__module__}." for base in type(found).__mro__)
+    package = next(package for origin in origins for package in PACKAGES if origin.startswith(f"{package}."))
+    return _find(package, name)
+
+
+IN_USE = _in_use()
+
+
+def _joint(name: str) -> type:
+    """A class that is a subclass of that of every package in use; the class itself if there is one package."""
+    bases = tuple(_find(package, name) for package in IN_USE)
+    return bases[0] if len(bases) == 1 else type(name.partition(":")[2], bases, {"__module__": __name__})
+
+
+if not TYPE_CHECKING:
+    pl = import_module(IN_USE[0])
+    Callback = _joint("callbacks:Callback")
+    MisconfigurationException = _joint("utilities.exceptions:MisconfigurationException")
+    # whichever package these come from: they ask nothing about their arguments' classes
+    Tqdm = _find(IN_USE[0], "callbacks.progress.tqdm_progress:Tqdm")
+    DummyLogger = _find(IN_USE[0], "loggers.logger:DummyLogger")
+    CombinedLoader = _find(IN_USE[0], "utilities.combined_loader:CombinedLoader")
+    rank_zero_info = _find(IN_USE[0], "utilities.rank_zero:rank_zero_info")
+    rank_zero_warn = _find(IN_USE[0], "utilities.rank_zero:rank_zero_warn")
+    isolate_rng = _find(IN_USE[0], "utilities.seed:isolate_rng")
+    is_param_in_hook_signature = _find(IN_USE[0], "utilities.signature_utils:is_param_in_hook_signature")
+
+
+def is_overridden(method: str, pl_module: pl.LightningModule) -> bool:
+    """Whether a module defines this method itself."""
+    return bool(same_package(pl_module, "utilities.model_helpers:is_overridden")(method, pl_module))
+
+
+# ---- private parts, each pinned by a test
+
+
+def validation_source(trainer: pl.Trainer) -> Any:
+    """Where validation loaders come from: fit's argument, the datamodule or the module.
+
+    `trainer.val_dataloaders` is None when validation is switched off.
+    """
+    return trainer.fit_loop.epoch_loop.val_loop._data_source
+
+
+def uses_distributed_sampler(trainer: pl.Trainer) -> bool:
+    """The Trainer's argument of that name."""
+    return bool(trainer._accelerator_connector.use_distributed_sampler)
+
+
+def to_device(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int) -> Any:
+    """What happens to a batch on its way into a step: precision, the module's hooks, the device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+
+@contextmanager
+def results_put_aside(trainer: pl.Trainer) -> Iterator[None]:
+    """What is logged inside is thrown away, also by parts of a module that were given its bound method `log`."""
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    results, current_fx = loop._results, connector._current_fx
+    try:
+        loop._results = type(results)(training=True)
+        loop._results.batch, loop._results.batch_size = results.batch, results.batch_size
+        yield
+    finally:
+        loop._results, connector._current_fx = results, current_fx
+
+
+def starts_functions(trainer: pl.Trainer) -> bool:
+    """Whether the strategy starts its processes as functions, which keep to themselves what they change."""
+    return isinstance(trainer.strategy.launcher, classes("strategies.launchers:_MultiProcessingLauncher"))
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """All callbacks of the trainer."""
+    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+    return found
