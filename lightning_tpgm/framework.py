@@ -1,8 +1,9 @@
 """Lightning under both of its names, and what this package needs of its private parts.
 
-`lightning.pytorch` and `pytorch_lightning` are the same code twice, with classes that do not know each other. A project
-uses one of them, and this package goes along: it does not import the other. Everything that it takes from Lightning
-comes through here, so this is also the one place to look at when Lightning changes.
+`lightning.pytorch` and `pytorch_lightning` are the same code twice, with classes that do not know each other. A
+project uses one of them, and this package goes along with the one that is imported when it is first imported itself;
+if none is, its classes derive from those of all that are installed. Everything that it takes from Lightning comes
+through here, so this is also the one place to look at when Lightning changes.
 """
 
 from __future__ import annotations
@@ -74,18 +75,21 @@ def classes(name: str) -> tuple[type, ...]:
 
 
 def same_package(found: object, name: str) -> Any:
-    """Something from the package that an object's class comes from.
+    """Something from the package that an object's class comes from, by default from the first in use.
 
     Args:
         found: A trainer, a module or a callback.
         name: Module and name within the package.
     """
     origins = (f"{base.__module__}." for base in type(found).__mro__)
-    package = next(package for origin in origins for package in PACKAGES if origin.startswith(f"{package}."))
+    found_in = (package for origin in origins for package in PACKAGES if origin.startswith(f"{package}."))
+    package = next(found_in, IN_USE[0])
     return _find(package, name)
 
 
 IN_USE = _in_use()
+if not IN_USE:
+    raise ImportError("lightning_tpgm needs Lightning: pip install lightning, or pip install pytorch-lightning.")
 
 
 def _joint(name: str) -> type:

@@ -96,7 +96,7 @@ def test_every_method_runs_and_nothing_runs_twice(small: Suite, tmp_path: Path) 
     pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="EMA came with lightning 2.6")
     pool = Immediately()
     first = benchmark.Benchmark(small, tmp_path, pool, seeds=2, epochs=1)
-    methods = [method if method is WISE_FT else method.first() for method in METHODS]
+    methods = [method.first() for method in METHODS]
     first.run(methods)
     assert set(first.chosen) == {method.name for method in METHODS}
     carried_out = pool.count
@@ -113,7 +113,9 @@ def test_every_method_runs_and_nothing_runs_twice(small: Suite, tmp_path: Path) 
     assert [each.accuracies for each in ends[0]] == [each.accuracies for each in found.of(PRETRAINED.name)]
     assert [each.accuracies for each in ends[1]] == [each.accuracies for each in found.plain]
     assert found.gain(PLAIN.name, found.shifted) == (0.0, 0.0)
-    assert summary.table([found]).count("\n") == len(METHODS) + len(FIXED) + 2
+    assert summary.table([found]).count("\n") == len(METHODS) + len(FIXED) + 3
+    with pytest.raises(SystemExit, match="1 epochs and 2 seeds, asked for are 3 and 2"):
+        benchmark.Benchmark(small, tmp_path, pool, seeds=2, epochs=3)
     summary.draw([found], tmp_path)
     assert (tmp_path / "trade_off.png").stat().st_size > 10_000
 

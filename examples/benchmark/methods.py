@@ -28,8 +28,8 @@ class Method:
     callback: Callable[..., Callback] | None = None
 
     def first(self) -> Method:
-        """The method with nothing but the first setting of its grid."""
-        return replace(self, grid=self.grid[:1])
+        """The method with only the first setting of its grid; WiSE-FT keeps its curve, which needs no training."""
+        return self if self.name == "WiSE-FT" else replace(self, grid=self.grid[:1])
 
 
 def over(**values: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:

@@ -25,7 +25,7 @@ class Result:
         seed: Of the run.
         choice: Accuracy on the data in distribution that settings are chosen by.
         accuracies: By test domain, the one in distribution first.
-        seconds: The run took, on one core.
+        seconds: The run took, on one core; little where an earlier run had stored the weights.
         radii: Name, radius and distance of each constrained parameter, for the methods that learn radii.
     """
 
