@@ -56,7 +56,8 @@ def isolated_generators() -> Iterator[None]:
 @contextmanager
 def _silent(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
     """Nothing is logged: neither through `self.log` of the module and its parts nor through the loggers."""
-    modules = [module for module in pl_module.modules() if isinstance(module, classes("core:LightningModule"))]
+    loggable = classes("core:LightningModule")
+    modules = [module for module in pl_module.modules() if isinstance(module, loggable)]
     own: list[dict[str, Any]] = [{k: vars(m)[k] for k in ("log", "log_dict") if k in vars(m)} for m in modules]
     loggers = trainer.loggers
     try:
@@ -147,12 +148,12 @@ class _Memory:
             self._keep_mapping(value)
             parts = value.values()
         elif isinstance(value, list | deque):
-            self._keep_sequence(value)
+            self._keep_items(value, value.extend)
             parts = value
         elif isinstance(value, tuple):
             parts = value
         elif isinstance(value, set):
-            self._keep_set(value)
+            self._keep_items(value, value.update)
         elif isinstance(value, torch.Generator):
             self._later(value.set_state, value.get_state())
         elif isinstance(value, random.Random):
@@ -206,23 +207,13 @@ class _Memory:
 
         self._undo.append(undo)
 
-    def _keep_sequence(self, value: list[Any] | deque[Any]) -> None:
+    def _keep_items(self, value: list[Any] | deque[Any] | set[Any], refill: Callable[[list[Any]], None]) -> None:
         kept = list(value)
 
         def undo() -> None:
             if not _same_items(value, kept):
                 value.clear()
-                value.extend(kept)
-
-        self._undo.append(undo)
-
-    def _keep_set(self, value: set[Any]) -> None:
-        kept = list(value)
-
-        def undo() -> None:
-            if not _same_items(value, kept):
-                value.clear()
-                value.update(kept)
+                refill(kept)
 
         self._undo.append(undo)
 

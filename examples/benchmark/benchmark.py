@@ -102,7 +102,8 @@ class Run:
     def probed(self) -> LightningModule:
         """The module after a linear probe: nothing but the head was trained."""
         model = self.pretrained(self.settings["probe_lr"])
-        frozen = [parameter for name, parameter in model.named_parameters() if not self.is_head(name)]
+        head = load_suite(self.suite).head
+        frozen = [parameter for name, parameter in model.named_parameters() if not fnmatchcase(name, head)]
         trainable = [parameter for parameter in frozen if parameter.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -110,10 +111,6 @@ class Run:
         for parameter in trainable:
             parameter.requires_grad_(True)
         return model
-
-    def is_head(self, name: str) -> bool:
-        """Whether a parameter belongs to the head."""
-        return fnmatchcase(name, load_suite(self.suite).head)
 
     def stored(self, name: str, make: Callable[[], LightningModule]) -> Path:
         """The state dict of a module that several runs need, made by the first of them."""
@@ -139,13 +136,18 @@ class Run:
         rates = "{probe_lr:g}-{lr:g}".format_map(self.settings)
         return self.stored(f"plain-{rates}", lambda: self.fit(self.start()))
 
+    def fine_tuned(self) -> LightningModule:
+        """The module after plain fine-tuning."""
+        path = self.plain()
+        model = self.start()
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+
     def wise_ft(self, alpha: float) -> LightningModule:
         """Interpolate between the start and plain fine-tuning."""
-        model = self.start()
-        pretrained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        model.load_state_dict(torch.load(self.plain(), weights_only=True))
+        model = self.fine_tuned()
         data = load_suite(self.suite).data(self.seed)
-        wise_ft_sweep(self.trainer(), model, pretrained, "val_loss", alphas=[alpha], datamodule=data)
+        wise_ft_sweep(self.trainer(), model, self.start(), "val_loss", alphas=[alpha], datamodule=data)
         return model
 
     def after_the_fact(self, radius_steps: int) -> LightningModule:
@@ -175,9 +177,7 @@ class Run:
         elif self.method == LP_FT.name:
             model = self.fit(self.start(probe=True))
         elif self.method == PLAIN.name:
-            path = self.plain()
-            model = self.start()
-            model.load_state_dict(torch.load(path, weights_only=True))
+            model = self.fine_tuned()
         elif self.method == WISE_FT.name:
             model = self.wise_ft(**own)
         elif self.method == POST_HOC.name:

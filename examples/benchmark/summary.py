@@ -125,8 +125,7 @@ def draw_trade_off(axes: Axes, suite: SuiteResults) -> None:
     up = [100 * fmean(result.mean(suite.shifted) for result in results) for results in curve]
     axes.plot(across, up, color="grey", marker=".", linewidth=1, label="WiSE-FT, every alpha")
     markers = "osD^v<>pPX*hd8"
-    shown = [method.name for method in METHODS]
-    for index, name in enumerate(shown):
+    for index, name in enumerate(method.name for method in METHODS):
         x, x_error = suite.accuracy(name, [suite.in_distribution])
         y, y_error = suite.accuracy(name, suite.shifted)
         marker, colour = markers[index % len(markers)], f"C{index % 10}"

@@ -90,9 +90,8 @@ class AnchoredCallback(Callback):
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the fit starts
         self._sharding = Sharding([], self.norm)
         self._handles: list[RemovableHandle] = []
-        self._fitted: Callable[[], pl.LightningModule | None] = (
-            _nothing  # a weak reference to the module of the last fit
-        )
+        # a weak reference to the module of the last fit
+        self._fitted: Callable[[], pl.LightningModule | None] = _nothing
         self._begun = False  # a fit has: there is something to save
         self._saw_batch = self._saw_step = False  # in this epoch
         self._depth = 0  # of optimizer steps within each other
