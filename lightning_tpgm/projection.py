@@ -81,9 +81,19 @@ def radius_gradient(
 
     Source: the chain rule through Tian et al., CVPR 2023, equation 4.
     """
-    slope = row_dot(grad, deviation(weight, anchor), norm) / (distance + EPS)
+    return radius_slope(row_dot(grad, deviation(weight, anchor), norm), distance, radius).sum()
+
+
+def radius_slope(dot: Tensor, distance: Tensor, radius: Tensor) -> Tensor:
+    """What each row adds to dLoss/dgamma: <G_row, D_row> / (n_row + eps) if 0 < gamma / (n + eps) < 1, else 0.
+
+    Args:
+        dot: <G_row, D_row>, any shape.
+        distance: n, same shape.
+        radius: gamma, broadcastable.
+    """
     active = radius / (distance + EPS)
-    return torch.where((active > 0) & (active < 1), slope, 0).sum()
+    return torch.where((active > 0) & (active < 1), dot / (distance + EPS), 0)
 
 
 def row_dot(a: Tensor, b: Tensor, norm: Norm) -> Tensor:

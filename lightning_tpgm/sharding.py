@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_tpgm.layout import Layout
 from lightning_tpgm.norms import Norm, row_dims
 
 try:
@@ -70,14 +71,15 @@ class Sharding:
 
     Args:
         parameters: The constrained parameters.
+        layout: Of this process's parts of them.
         norm: Says what a row is.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], norm: Norm) -> None:
-        self._norm = norm
+    def __init__(self, parameters: Sequence[Tensor], layout: Layout, norm: Norm) -> None:
+        self._power = 1 if norm == "mars" else 2
         # for each group of processes the indices of the tensors split over it: all of them, and those whose rows are
         split: dict[dist.ProcessGroup, list[int]] = {}
-        self._rows_split: dict[dist.ProcessGroup, list[int]] = {}
+        rows_split: dict[dist.ProcessGroup, list[int]] = {}
         for index, parameter in enumerate(parameters):
             if not isinstance(parameter, DTensor):
                 continue
@@ -86,32 +88,25 @@ class Sharding:
                     group = parameter.device_mesh.get_group(mesh_dim)
                     split.setdefault(group, []).append(index)
                     if any(placement.is_shard(dim) for dim in row_dims(parameter.ndim, norm)):
-                        self._rows_split.setdefault(group, []).append(index)
-        self._split = {
-            group: torch.tensor(indices, device=local(parameters[indices[0]]).device)
-            for group, indices in split.items()
-        }
+                        rows_split.setdefault(group, []).append(index)
+        self._split = {group: layout.on_device(indices, torch.long) for group, indices in split.items()}
+        self._rows_split = {group: layout.rows_of(indices) for group, indices in rows_split.items()}
 
-    def distances(self, distances: list[Tensor]) -> list[Tensor]:
-        """The distances of whole rows from those of their parts."""
-        power = 1 if self._norm == "mars" else 2
-        for group, indices in self._rows_split.items():
-            parts = torch.cat([distances[i].flatten() ** power for i in indices])
+    def distances(self, distances: Tensor) -> Tensor:
+        """The distances of whole rows from those of their parts, shape (rows,)."""
+        for group, rows in self._rows_split.items():
+            parts = distances[rows] ** self._power
             dist.all_reduce(parts, group=group)
-            wholes = torch.split(parts ** (1 / power), [distances[i].numel() for i in indices])
-            for i, whole in zip(indices, wholes, strict=True):
-                distances[i] = whole.reshape(distances[i].shape)
+            distances = distances.index_copy(0, rows, parts ** (1 / self._power))
         return distances
 
-    def largest(self, values: Sequence[Tensor]) -> Tensor:
-        """The largest value of each tensor, shape (T,)."""
-        parts = [value.amax() if value.numel() else value.new_zeros(()) for value in values]
-        return self._reduce(torch.stack(parts), dist.ReduceOp.MAX)
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest value of each whole tensor from those of its parts, shape (T,)."""
+        return self._reduce(values, dist.ReduceOp.MAX)
 
-    def smallest(self, values: Sequence[Tensor]) -> Tensor:
-        """The smallest value of each tensor, shape (T,)."""
-        parts = [value.amin() if value.numel() else value.new_full((), float("inf")) for value in values]
-        return self._reduce(torch.stack(parts), dist.ReduceOp.MIN)
+    def smallest(self, values: Tensor) -> Tensor:
+        """The smallest value of each whole tensor from those of its parts, shape (T,)."""
+        return self._reduce(values, dist.ReduceOp.MIN)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over the processes that hold parts of each tensor, shape (T,)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,8 @@ from lightning_tpgm.framework import (
     rank_zero_info,
     rank_zero_warn,
 )
+from lightning_tpgm.layout import Layout, Matrices
 from lightning_tpgm.norms import Norm
-from lightning_tpgm.projection import row_dot
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import Sharding, full, is_split, local, local_gradient, reshard
 
@@ -88,7 +88,9 @@ class AnchoredCallback(Callback):
         self._may_join: dict[str, Tensor | None] = {}  # their names and pretrained values; None: what they are then
         self._pretrained: dict[str, Tensor] | None = None  # all that `pretrained` holds, until the fit starts
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the fit starts
-        self._sharding = Sharding([], self.norm)
+        self._layout = Layout([], self.norm)
+        self._sharding = Sharding([], self._layout, self.norm)
+        self._anchors: Matrices = []  # this process's parts, in that layout
         self._handles: list[RemovableHandle] = []
         # a weak reference to the module of the last fit
         self._fitted: Callable[[], pl.LightningModule | None] = _nothing
@@ -191,7 +193,7 @@ class AnchoredCallback(Callback):
         if stage == "fit":
             self._stop_listening()
             self._anchor = to_cpu(self._anchor)
-            self._parameters, self._waiting, self._pretrained = {}, {}, None
+            self._parameters, self._waiting, self._anchors, self._pretrained = {}, {}, [], None
 
     @property
     @override
@@ -292,25 +294,21 @@ class AnchoredCallback(Callback):
             value = self._may_join.pop(name)
             self._anchor[name] = capture(parameter if value is None else value, parameter)
             self._parameters[name] = self._waiting.pop(name)
-        self._sharding = Sharding(list(self._parameters.values()), self.norm)
+        with torch.no_grad():
+            self._arrange()
         if new:
             self.joined(list(new))
 
+    def _arrange(self) -> None:
+        """Prepare the work on all constrained parameters."""
+        self._layout = Layout(self._weights, self.norm)
+        self._sharding = Sharding(list(self._parameters.values()), self._layout, self.norm)
+        self._anchors = self._layout.arrange([local(anchor) for anchor in self._anchor.values()])
+
     @property
     def _weights(self) -> list[Tensor]:
-        """This process's parts of the constrained parameters: in-place changes reach the module."""
-        return [local(parameter.detach()) for parameter in self._parameters.values()]
-
-    @property
-    def _anchors(self) -> list[Tensor]:
-        """This process's parts of the anchors, in the order of `_weights`."""
-        return [local(anchor) for anchor in self._anchor.values()]
-
-    def _scalars_like(self) -> Tensor:
-        """A scalar of the device and dtype of what is learned: float64 if any weight is, else float32."""
-        dtypes = [torch.promote_types(weight.dtype, torch.float32) for weight in self._weights]
-        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        return torch.zeros((), dtype=dtype, device=self._weights[0].device if dtypes else None)
+        """This process's parts of the constrained parameters: in-place changes reach the module. Under no_grad only."""
+        return [local(parameter) for parameter in self._parameters.values()]
 
     def _gradients(self, optimizer: Optimizer) -> list[Tensor | None]:
         """This process's parts of the gradients, None for a tensor that this optimizer does not step now."""
@@ -319,12 +317,6 @@ class AnchoredCallback(Callback):
             None if p.grad is None or id(p) not in stepped else local_gradient(p.grad, p)
             for p in self._parameters.values()
         ]
-
-    def _dots(self, pairs: Iterable[tuple[Tensor, Tensor] | None]) -> Tensor:
-        """The inner product of each pair of whole tensors, given this process's parts; 0 for None. Shape (T,)."""
-        like = self._scalars_like()
-        dots = [like if pair is None else row_dot(*pair, norm="l2").sum().to(like.dtype) for pair in pairs]
-        return self._sharding.total(torch.stack(dots))
 
     def _check_gradients_can_be_read(self, trainer: pl.Trainer) -> None:
         """Refuse optimizers that undo a gradient scaler's scaling inside their step: ``.grad`` is scaled before it."""
@@ -341,7 +333,8 @@ class AnchoredCallback(Callback):
         def stepping(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self._depth += 1
             if self._depth == 1 and self._parameters:
-                self.before_optimizer_step(optimizer)
+                with torch.no_grad():
+                    self.before_optimizer_step(optimizer)
 
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self._depth -= 1  # torch calls the hooks within, too, if a step calls the step of its base class

@@ -15,7 +15,7 @@ from lightning_tpgm.anchor import Pretrained, capture
 from lightning_tpgm.callbacks.base import check, is_number, to_cpu
 from lightning_tpgm.callbacks.gradient import GradientCallback
 from lightning_tpgm.framework import pl
-from lightning_tpgm.norms import deviation
+from lightning_tpgm.layout import Matrices
 from lightning_tpgm.radii import LearnedScalars
 from lightning_tpgm.sharding import full, local
 
@@ -98,7 +98,7 @@ class DiGraPCallback(GradientCallback):
         self._lr = torch.cat([self._lr, self._lr.new_zeros(len(names))])
 
     def _place(self) -> None:
-        self._omegas.to(self._scalars_like())
+        self._omegas.to(self._layout.scalar())
         self._lr = self._lr.to(self._omegas.value)
 
     @override
@@ -121,35 +121,39 @@ class DiGraPCallback(GradientCallback):
     @override
     def change_gradients(self, optimizer: Optimizer) -> None:
         """Updates omega, then g := g - omega g_proj where there is a conflict."""
-        omegas = copy(self._omegas)
-        grads, weights, anchors = self._gradients(optimizer), self._weights, self._anchors
-        stepping = torch.stack([self._lr.new_full((), grad is not None) for grad in grads]).bool()
-        lrs = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        omegas, layout, anchors = copy(self._omegas), self._layout, self._anchors
+        grads = self._gradients(optimizer)
+        gradients, weights = layout.arrange(grads), layout.arrange(self._weights)
+        stepping = layout.on_device([grad is not None for grad in grads])
+        lrs = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
 
-        def dots(deviations: list[Tensor]) -> Tensor:
+        def dots(weights: Matrices) -> Tensor:
             """<g, D> of each tensor."""
-            return self._dots(None if g is None else (g, d) for g, d in zip(grads, deviations, strict=True))
+            return self._sharding.total(layout.total(layout.dots(gradients, weights, anchors)))
+
+        def whole(norms: Tensor) -> Tensor:
+            """The norm of each tensor from those of this process's parts."""
+            return layout.total(self._sharding.distances(norms))
 
         # <g_t, g_proj_(t-1)> normalised: on conflict g_proj is a negative multiple of D
-        previous = [local(self._previous.get(name, anchor)) for name, anchor in self._anchor.items()]
-        before = [deviation(weight, anchor) for weight, anchor in zip(previous, anchors, strict=True)]
-        norms = (self._dots(None if g is None else (g, g) for g in grads) * self._dots((d, d) for d in before)).sqrt()
-        slope = torch.where(norms > 0, -self._lr * dots(before) / norms, 0)
-        known = torch.stack([self._lr.new_full((), name in self._previous) for name in self._parameters]).bool()
+        previous = layout.arrange([local(self._previous.get(name, anchor)) for name, anchor in self._anchor.items()])
+        norms = whole(layout.norms(gradients)) * whole(layout.distances(previous, anchors))
+        slope = torch.where(norms > 0, -self._lr * dots(previous) / norms, 0)
+        known = layout.on_device([name in self._previous for name in self._parameters])
         omegas.adam(slope, where=stepping & known & slope.isfinite())
         omegas.value = omegas.value.clamp(0, 1)
 
-        present = [deviation(weight, anchor) for weight, anchor in zip(weights, anchors, strict=True)]
-        inner, squared = dots(present), self._dots((d, d) for d in present)
+        inner, squared = dots(weights), whole(layout.distances(weights, anchors)).square()
         conflict = (inner < 0) & inner.isfinite()
         shares = torch.where(conflict, omegas.value * inner / squared, 0)
-        lr = torch.stack([self._lr.new_zeros(()) + lrs.get(id(p), 0.0) for p in self._parameters.values()])
+        lr = layout.on_device([lrs.get(id(p), 0.0) for p in self._parameters.values()], layout.dtype)
         lr = torch.where(stepping, torch.where(conflict, lr, 0), self._lr)
-        stepped = {}
-        for (name, parameter), grad, d, share in zip(self._parameters.items(), grads, present, shares, strict=True):
-            if grad is not None:
-                grad.sub_((share * d).to(grad.dtype))
-                stepped[name] = capture(parameter, parameter)
+        stepped = {
+            name: capture(parameter, parameter)
+            for (name, parameter), grad in zip(self._parameters.items(), grads, strict=True)
+            if grad is not None
+        }
+        layout.add_deviations(grads, weights, anchors, layout.of_rows(-shares))
         self._next = omegas, lr, {**self._previous, **stepped}
 
     @override

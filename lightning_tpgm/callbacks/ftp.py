@@ -14,8 +14,8 @@ from lightning_tpgm.anchor import Pretrained, capture
 from lightning_tpgm.callbacks.base import check, is_number, to_cpu
 from lightning_tpgm.callbacks.radius import RadiusCallback
 from lightning_tpgm.framework import pl
-from lightning_tpgm.norms import Norm, deviation
-from lightning_tpgm.projection import EPS, MIN_RADIUS, row_dot
+from lightning_tpgm.norms import Norm
+from lightning_tpgm.projection import EPS, MIN_RADIUS
 from lightning_tpgm.sharding import full, local
 
 
@@ -104,17 +104,17 @@ class FTPCallback(RadiusCallback):
     @override
     def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Updates the radii from the gradient that the step used, and projects the weights."""
-        radii, weights, grads = self._radii, self._weights, self._gradients(optimizer)
+        layout, radii, grads = self._layout, self._radii, self._gradients(optimizer)
+        weights = layout.arrange(self._weights)
         distances, largest = self._measure(weights)
-        stepped = torch.stack([radii.value.new_full((), grad is not None) for grad in grads]).bool()
-        known = torch.stack([radii.value.new_full((), name in self._previous) for name in self._parameters]).bool()
+        stepped = layout.on_device([grad is not None for grad in grads])
+        known = layout.on_device([name in self._previous for name in self._parameters])
 
         slope = self._slopes(grads)
         radii.start(torch.full_like(radii.value, MIN_RADIUS))
         radii.adam(torch.where(slope > 0, self.k * slope, slope), where=stepped & known)
-        radii.step = torch.where(
-            stepped & ~known, 1, radii.step
-        )  # Adam counts the optimizer's steps: the next is t = 2
+        # Adam counts the optimizer's steps: the next is t = 2
+        radii.step = torch.where(stepped & ~known, 1, radii.step)
         radii.clamp(largest + EPS)
 
         for (name, parameter), grad in zip(self._parameters.items(), grads, strict=True):
@@ -125,10 +125,8 @@ class FTPCallback(RadiusCallback):
 
     def _slopes(self, grads: list[Tensor | None]) -> Tensor:
         """dgamma of each tensor, shape (T,); 0 for those without gradient or previous step."""
-        previous = [local(self._previous.get(name, anchor)) for name, anchor in self._anchor.items()]
+        layout = self._layout
+        previous = layout.arrange([local(self._previous.get(name, anchor)) for name, anchor in self._anchor.items()])
         distances, _ = self._measure(previous)
-        slopes = [
-            n.new_zeros(()) if g is None else (row_dot(g, deviation(w, a), self.norm) / (n + EPS)).sum().to(n.dtype)
-            for g, w, a, n in zip(grads, previous, self._anchors, distances, strict=True)
-        ]
-        return self._sharding.total(torch.stack(slopes))
+        dots = layout.dots(layout.arrange(grads), previous, self._anchors)
+        return self._sharding.total(layout.total(dots / (distances + EPS)))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained
 from lightning_tpgm.callbacks.base import check, is_number
 from lightning_tpgm.callbacks.gradient import GradientCallback
-from lightning_tpgm.norms import deviation
 
 
 class L2SPCallback(GradientCallback):
@@ -47,6 +47,6 @@ class L2SPCallback(GradientCallback):
     @override
     def change_gradients(self, optimizer: Optimizer) -> None:
         """g := g + lambda (W - W0)."""
-        for grad, weight, anchor in zip(self._gradients(optimizer), self._weights, self._anchors, strict=True):
-            if grad is not None:
-                grad.add_(deviation(weight, anchor).to(grad.dtype), alpha=self.strength)
+        layout = self._layout
+        strengths = layout.of_rows(torch.full_like(layout.scalar(), self.strength).expand(len(self._parameters)))
+        layout.add_deviations(self._gradients(optimizer), layout.arrange(self._weights), self._anchors, strengths)

@@ -12,8 +12,9 @@ from typing_extensions import override
 from lightning_tpgm.anchor import Pretrained
 from lightning_tpgm.callbacks.base import AnchoredCallback, check, is_number
 from lightning_tpgm.framework import MisconfigurationException, callbacks_of, pl
-from lightning_tpgm.norms import NORMS, Norm, deviation, row_distance
-from lightning_tpgm.projection import project, ratio
+from lightning_tpgm.layout import Matrices
+from lightning_tpgm.norms import NORMS, Norm
+from lightning_tpgm.projection import ratio
 from lightning_tpgm.radii import Radii
 from lightning_tpgm.sharding import reshard
 
@@ -92,23 +93,19 @@ class RadiusCallback(AnchoredCallback):
         self._place_radii()
 
     def _place_radii(self) -> None:
-        self._radii.to(self._scalars_like())
+        self._radii.to(self._layout.scalar())
         self._distances = self._distances.to(self._radii.value)
 
-    def _measure(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The row distances of each constrained tensor (of its local part) and the largest of each."""
-        dtype = self._radii.value.dtype
-        pairs = zip(weights, self._anchors, strict=True)
-        parts = [row_distance(deviation(weight, anchor), self.norm).to(dtype) for weight, anchor in pairs]
-        distances = self._sharding.distances(parts)
-        return distances, self._sharding.largest(distances)
+    def _measure(self, weights: Matrices) -> tuple[Tensor, Tensor]:
+        """The distances of all rows of this process's parts, and the largest of each constrained tensor."""
+        distances = self._sharding.distances(self._layout.distances(weights, self._anchors))
+        return distances, self._sharding.largest(self._layout.largest(distances))
 
-    def _project(self, pl_module: nn.Module, weights: Sequence[Tensor], distances: Sequence[Tensor]) -> None:
+    def _project(self, pl_module: nn.Module, weights: Matrices, distances: Tensor) -> None:
         """Write the projections of these weights into the parameters."""
         reshard(pl_module)
-        parts = zip(self._weights, weights, self._anchors, self._radii.value.unbind(), distances, strict=True)
-        for parameter, weight, anchor, radius, distance in parts:
-            parameter.copy_(project(weight, anchor, ratio(radius, distance)))
+        ratios = ratio(self._layout.of_rows(self._radii.value), distances)
+        self._layout.project(self._weights, weights, self._anchors, ratios)
 
     def _projected(self, largest: Tensor) -> None:
         """Note the largest distances after a projection, from those before it."""

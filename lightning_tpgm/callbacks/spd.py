@@ -12,8 +12,7 @@ from typing_extensions import override
 from lightning_tpgm.anchor import Pretrained
 from lightning_tpgm.callbacks.base import AnchoredCallback, check, is_number
 from lightning_tpgm.framework import pl
-from lightning_tpgm.norms import deviation
-from lightning_tpgm.projection import project
+from lightning_tpgm.layout import Matrices
 from lightning_tpgm.sharding import reshard
 
 
@@ -52,7 +51,7 @@ class SPDCallback(AnchoredCallback):
         check(is_number(strength) and strength >= 0, "strength", "a number that is not negative", strength)
         super().__init__(exclude, pretrained)
         self.strength = strength
-        self._before: list[Tensor] = []
+        self._before: Matrices = []
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -63,20 +62,22 @@ class SPDCallback(AnchoredCallback):
     @override
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Keeps the weights."""
-        self._before = [weight.clone() for weight in self._weights]
+        self._before = self._layout.copy(self._weights)
 
     @override
     def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Decays the tensors whose gradient asks for it."""
         before, self._before = self._before, []
-        grads, weights, anchors = self._gradients(optimizer), self._weights, self._anchors
-        previous = [deviation(weight, anchor) for weight, anchor in zip(before, anchors, strict=True)]
-        present = [deviation(weight, anchor) for weight, anchor in zip(weights, anchors, strict=True)]
-        consistency = self._dots(None if g is None else (g, d) for g, d in zip(grads, previous, strict=True))
-        old = self._dots((d, d) for d in previous).sqrt()
-        new = self._dots((d, d) for d in present).sqrt()
+        layout, anchors = self._layout, self._anchors
+        weights = layout.arrange(self._weights)
+        gradients = layout.arrange(self._gradients(optimizer))
+        consistency = self._sharding.total(layout.total(layout.dots(gradients, before, anchors)))
+        old, new = self._distances(before), self._distances(weights)
         rho = torch.where(new > 0, (new - old) / new, 0).clamp(0, 1)
         decay = torch.where(consistency > 0, self.strength * rho, 0)
         reshard(pl_module)
-        for weight, anchor, remains in zip(weights, anchors, (1 - decay).unbind(), strict=True):
-            weight.copy_(project(weight, anchor, remains))
+        layout.project(self._weights, weights, anchors, layout.of_rows(1 - decay))
+
+    def _distances(self, weights: Matrices) -> Tensor:
+        """The distance of each tensor, shape (T,)."""
+        return self._layout.total(self._sharding.distances(self._layout.distances(weights, self._anchors)))

@@ -18,8 +18,9 @@ from lightning_tpgm.evaluation import HeldOutLoss, Loss
 from lightning_tpgm.framework import MisconfigurationException, Tqdm, is_overridden, pl, rank_zero_warn
 from lightning_tpgm.heldout import HeldOutBatches, has_default_loaders, held_out_batches
 from lightning_tpgm.isolation import no_trace
+from lightning_tpgm.layout import Matrices
 from lightning_tpgm.norms import Norm
-from lightning_tpgm.projection import radius_gradient
+from lightning_tpgm.projection import radius_slope
 from lightning_tpgm.sharding import local_gradient
 
 
@@ -222,11 +223,9 @@ class TPGMCallback(RadiusCallback):
         self._warn_of_skipped()
 
     def _constrain(self, trainer: pl.Trainer, pl_module: pl.LightningModule, updates: Sequence[int]) -> None:
-        weights = self._weights
+        weights = self._layout.copy(self._weights) if updates else self._layout.arrange(self._weights)
         distances, largest = self._measure(weights)
-        self._radii.start(self._sharding.smallest(distances) / 2)
-        if updates:
-            weights = [weight.clone() for weight in weights]
+        self._radii.start(self._sharding.smallest(self._layout.smallest(distances)) / 2)
         try:
             for _ in updates:
                 self._radii.clamp(largest)
@@ -238,7 +237,7 @@ class TPGMCallback(RadiusCallback):
             self._projected(largest)
 
     def _update_radii(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: list[Tensor], distances: list[Tensor]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: Matrices, distances: Tensor
     ) -> None:
         """One Adam step on the radii; the parameters hold the projections of ``weights``."""
         parameters = list(self._parameters.values())
@@ -248,17 +247,13 @@ class TPGMCallback(RadiusCallback):
             loss, grads = self._evaluate(trainer, pl_module, self._held_out.draw(), parameters)
         if loss is None and trainer.world_size == 1:
             return  # "skip this batch"; several processes must go on together: not a number skips it on all of them
-        radii = self._radii.value
-        terms = zip(parameters, grads, weights, self._anchors, distances, radii.unbind(), strict=True)
-        slopes = [
-            radii.new_zeros(())
-            if grad is None
-            else radius_gradient(local_gradient(grad, parameter), weight, anchor, distance, radius, self.norm).to(radii)
-            for parameter, grad, weight, anchor, distance, radius in terms
-        ]
+        layout, radii = self._layout, self._radii.value
+        parts = [None if g is None else local_gradient(g, p) for g, p in zip(grads, parameters, strict=True)]
+        dots = layout.dots(layout.arrange(parts), weights, self._anchors)
+        slopes = layout.total(radius_slope(dots, distances, layout.of_rows(radii)))
         value = radii.new_full((1,), torch.nan) if loss is None else loss.to(radii).reshape(1)
-        used = torch.stack([radii.new_full((), grad is not None) for grad in grads])
-        summary = torch.cat([value, self._sharding.total(torch.stack(slopes)), used])
+        used = layout.on_device([grad is not None for grad in grads]).to(radii)
+        summary = torch.cat([value, self._sharding.total(slopes), used])
         summary = trainer.strategy.reduce(summary, reduce_op="mean")
         slope, used = summary[1:].chunk(2)
         finite = summary.isfinite().all()

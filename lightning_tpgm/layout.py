@@ -1,0 +1,278 @@
+"""The constrained tensors as matrices of rows, so that few and cache-sized operations do the work of all of them.
+
+Tensor by tensor, each of the ten operations of a projection passes over memory once, and thousands of small tensors
+cost thousands of calls each. Here small tensors share a matrix, and large ones are worked on in blocks that stay in the
+processor's cache, so that memory is read and written about once.
+
+The functions of `lightning_tpgm.norms` and `lightning_tpgm.projection` say what is computed, for one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+# Contiguous copy of all tensors in one vector, and views of such a vector shaped like them: one call for thousands.
+# Private, but what DistributedDataParallel itself is built on; a test pins both.
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from lightning_tpgm.norms import Norm, deviation, row_dims
+from lightning_tpgm.projection import project
+
+SHARED = 2**14
+"""Tensors with fewer elements share a matrix: calling an operation costs more than carrying it out."""
+BLOCK = {"cpu": 2**18}
+"""Elements that are worked on at a time, by type of device: a megabyte in float32 stays in the cache."""
+BLOCK_ELSEWHERE = 2**24
+"""On other devices the bound only keeps intermediate results small."""
+
+Matrices = list[Tensor]
+"""One matrix of rows for each group of a `Layout`, shape (R, L) each."""
+
+
+class Layout:
+    """Arranges tensors as matrices of rows, by groups: a large tensor each, or small ones with rows of one length.
+
+    The rows of all groups, one after the other, have one long vector of distances, ratios and so on, shape (rows,).
+
+    Args:
+        tensors: What will be arranged; later calls pass tensors of the same shapes in the same order.
+        norm: Says what a row is.
+
+    Attributes:
+        dtype: Of what is computed: float64 if any tensor is, else float32.
+        tensor_of_row: The index of the tensor that each row belongs to, shape (rows,).
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], norm: Norm) -> None:
+        self._order = 1 if norm == "mars" else 2
+        self._count = len(tensors)
+        self._groups = [_Group(indices, tensors, norm) for indices in _grouped(tensors, norm)]
+        dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
+        self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self._device = tensors[0].device if tensors else torch.device("cpu")
+        owners = [index for group in self._groups for index in group.indices for _ in range(group.rows_each)]
+        self.tensor_of_row = self.on_device(owners, torch.long)
+        self._sizes = [group.rows for group in self._groups]
+
+    def rows_of(self, indices: Sequence[int]) -> Tensor:
+        """Where the rows of these tensors are in the long vector, in the order of the indices."""
+        first, start = {}, 0
+        for group in self._groups:
+            for index in group.indices:
+                first[index] = range(start, start + group.rows_each)
+                start += group.rows_each
+        return self.on_device([row for index in indices for row in first[index]], torch.long)
+
+    # ---- arranging
+
+    def arrange(self, tensors: Sequence[Tensor | None]) -> Matrices:
+        """The tensors as matrices: views of large ones, copies of small ones; zeros for None."""
+        return [group.arrange(tensors) for group in self._groups]
+
+    def copy(self, tensors: Sequence[Tensor]) -> Matrices:
+        """Like `arrange`, all in memory of their own."""
+        matrices = self.arrange(tensors)
+        shared = {tensor.data_ptr() for tensor in tensors}
+        return [matrix.clone() if matrix.data_ptr() in shared else matrix for matrix in matrices]
+
+    # ---- rows
+
+    def distances(self, weights: Matrices, anchors: Matrices) -> Tensor:
+        """n of every row, see `lightning_tpgm.norms.row_distance`."""
+
+        def distance(weight: Tensor, anchor: Tensor) -> Tensor:
+            return self._norm(deviation(weight, anchor))
+
+        return self._of_rows(distance, self._norm, weights, anchors)
+
+    def norms(self, matrices: Matrices) -> Tensor:
+        """The norm of every row itself."""
+        return self._of_rows(lambda matrix: self._norm(matrix.to(self.dtype)), self._norm, matrices)
+
+    def dots(self, gradients: Matrices, weights: Matrices, anchors: Matrices) -> Tensor:
+        """<G_row, D_row> of every row."""
+
+        def dot(gradient: Tensor, weight: Tensor, anchor: Tensor) -> Tensor:
+            d = deviation(weight, anchor)
+            return (gradient.to(d.dtype) * d).sum(dim=1)
+
+        return self._of_rows(dot, lambda parts: parts.sum(dim=1), gradients, weights, anchors)
+
+    def project(self, tensors: Sequence[Tensor], weights: Matrices, anchors: Matrices, ratios: Tensor) -> None:
+        """Write the projections of the weights into the tensors, see `lightning_tpgm.projection.project`.
+
+        Args:
+            tensors: Where to.
+            weights: W; may be views of the same tensors.
+            anchors: W0.
+            ratios: r of every row.
+        """
+        groups = zip(self._groups, weights, anchors, torch.split(ratios.unsqueeze(1), self._sizes), strict=True)
+        for group, weight, anchor, ratio in groups:
+            projected = group.arrange(tensors)
+            for rows, columns in group.blocks:
+                block = project(weight[rows, columns], anchor[rows, columns], ratio[rows])
+                projected[rows, columns].copy_(block)
+            group.write(projected, tensors)
+
+    def add_deviations(
+        self, gradients: Sequence[Tensor | None], weights: Matrices, anchors: Matrices, factors: Tensor
+    ) -> None:
+        """G := G + factor D, in place; None is left alone.
+
+        Args:
+            gradients: G of every tensor.
+            weights: W.
+            anchors: W0.
+            factors: One of every row.
+        """
+        groups = zip(self._groups, weights, anchors, torch.split(factors.unsqueeze(1), self._sizes), strict=True)
+        for group, weight, anchor, factor in groups:
+            if all(gradients[index] is None for index in group.indices):
+                continue
+            changed = group.arrange(gradients)
+            for rows, columns in group.blocks:
+                d = deviation(weight[rows, columns], anchor[rows, columns])
+                changed[rows, columns].add_((factor[rows] * d).to(changed.dtype))
+            group.write(changed, gradients)
+
+    def _norm(self, matrix: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(matrix, ord=self._order, dim=1)
+        return norm
+
+    def _of_rows(
+        self, function: Callable[..., Tensor], combine: Callable[[Tensor], Tensor], *operands: Matrices
+    ) -> Tensor:
+        """A function of every row, block by block; `combine` joins the values of a row that is several blocks."""
+        found = []
+        for group, *matrices in zip(self._groups, *operands, strict=True):
+            parts = [function(*(matrix[block] for matrix in matrices)) for block in group.blocks]
+            value = combine(torch.stack(parts, dim=1)) if group.one_row else torch.cat(parts)
+            found.append(value.to(self.dtype))
+        return torch.cat(found)
+
+    # ---- from rows to tensors and back
+
+    def largest(self, rows: Tensor) -> Tensor:
+        """The largest value among each tensor's rows, 0 without rows, shape (T,); values are not negative."""
+        return rows.new_zeros(self._count).scatter_reduce(0, self.tensor_of_row, rows, "amax")
+
+    def smallest(self, rows: Tensor) -> Tensor:
+        """The smallest value among each tensor's rows, infinity without rows, shape (T,)."""
+        return rows.new_full((self._count,), torch.inf).scatter_reduce(0, self.tensor_of_row, rows, "amin")
+
+    def total(self, rows: Tensor) -> Tensor:
+        """The sum over each tensor's rows, shape (T,)."""
+        return rows.new_zeros(self._count).index_add(0, self.tensor_of_row, rows)
+
+    def scalar(self) -> Tensor:
+        """A scalar of the device and dtype of what is computed."""
+        return torch.zeros((), dtype=self.dtype, device=self._device)
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """One value of each tensor, shape (T,), for all its rows, shape (rows,)."""
+        return values[self.tensor_of_row]
+
+    def on_device(self, values: Sequence[float], dtype: torch.dtype = torch.bool) -> Tensor:
+        """Python's values as a tensor where the tensors are, without waiting for the device."""
+        return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
+
+
+def _grouped(tensors: Sequence[Tensor], norm: Norm) -> Iterator[list[int]]:
+    """The indices of the tensors of each group; a group of small tensors is no larger than a block."""
+    shared: dict[tuple[torch.dtype, torch.device, int, int], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.numel() >= SHARED:
+            yield [index]
+            continue
+        key = (tensor.dtype, tensor.device, *_matrix_shape(tensor, norm))
+        shared.setdefault(key, []).append(index)
+        if len(shared[key]) * tensor.numel() >= _block(tensor):
+            yield shared.pop(key)
+    yield from shared.values()
+
+
+def _matrix_shape(tensor: Tensor, norm: Norm) -> tuple[int, int]:
+    """Rows and their length."""
+    dims = row_dims(tensor.ndim, norm)
+    return (tensor.shape[0] if 0 not in dims and tensor.ndim else 1, prod(tensor.shape[dim] for dim in dims))
+
+
+def _block(tensor: Tensor) -> int:
+    return BLOCK.get(tensor.device.type, BLOCK_ELSEWHERE)
+
+
+class _Group:
+    """Tensors that make one matrix: a large one, or small ones of the same rows and row length."""
+
+    def __init__(self, indices: list[int], tensors: Sequence[Tensor], norm: Norm) -> None:
+        first = tensors[indices[0]]
+        self.indices = indices
+        self.rows_each, self._length = _matrix_shape(first, norm)
+        self.rows = self.rows_each * len(indices)
+        self.one_row = self.rows == 1
+        self._size, self._stride = first.size(), first.stride()
+        self._is_view = first.numel() >= SHARED and _row_by_row(first, self.rows, self._length)
+        self._zero = first.new_zeros(())
+        block = _block(first)
+        if self.one_row:
+            self.blocks = [(slice(None), slice(i, i + block)) for i in range(0, max(1, self._length), block)]
+        else:
+            rows = max(1, block // max(1, self._length))
+            self.blocks = [(slice(i, i + rows), slice(None)) for i in range(0, max(1, self.rows), rows)]
+
+    def arrange(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        mine = [tensors[index] for index in self.indices]
+        if all(tensor is None for tensor in mine):
+            return self._zero.expand(self.rows, self._length)
+        present = [self._zero.expand(self._size) if tensor is None else tensor for tensor in mine]
+        if not self._is_view:
+            return _flatten(present).view(self.rows, self._length)
+        (tensor,) = present
+        if tensor.stride() != self._stride:  # the elements of all matrices are in the same order
+            tensor = tensor.new_empty_strided(self._size, self._stride).copy_(tensor)
+        return tensor.as_strided((self.rows, self._length), (self._length, 1))
+
+    def separate(self, matrix: Tensor, tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        if self._is_view:
+            return [matrix.as_strided(self._size, self._stride)]
+        mine = (tensors[index] for index in self.indices)
+        shapes = [self._zero.expand(self._size) if tensor is None else tensor for tensor in mine]
+        return _unflatten(matrix.view(-1), shapes)
+
+    def write(self, matrix: Tensor, tensors: Sequence[Tensor | None]) -> None:
+        pairs = zip((tensors[index] for index in self.indices), self.separate(matrix, tensors), strict=True)
+        changed = [(tensor, part) for tensor, part in pairs if tensor is not None and not _same_memory(tensor, part)]
+        if changed:
+            targets, sources = map(list, zip(*changed, strict=True))
+            torch._foreach_copy_(targets, sources)
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements in one new vector."""
+    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return flat
+
+
+def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Views of such a vector in the shapes of the tensors."""
+    views: Sequence[Tensor] = _unflatten_dense_tensors(flat, tensors)  # type: ignore[no-untyped-call]
+    return views
+
+
+def _row_by_row(tensor: Tensor, rows: int, length: int) -> bool:
+    """Whether the tensor's memory has no gaps and holds one row after the other."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return rows == 1 or tensor.stride(0) == length
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr()
