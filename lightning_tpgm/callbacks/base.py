@@ -250,6 +250,7 @@ class AnchoredCallback(Callback):
         self._anchor = {name: capture(anchor, candidates[name]) for name, anchor in self._anchor.items()}
         self._waiting = {name: candidates[name] for name in self._may_join if name in candidates}
         self._pretrained = None
+        self._arrange()
         if state is not None:
             self.load_method_state(state["method"])
         self._join()
@@ -294,11 +295,11 @@ class AnchoredCallback(Callback):
             value = self._may_join.pop(name)
             self._anchor[name] = capture(parameter if value is None else value, parameter)
             self._parameters[name] = self._waiting.pop(name)
-        with torch.no_grad():
-            self._arrange()
         if new:
+            self._arrange()
             self.joined(list(new))
 
+    @torch.no_grad()
     def _arrange(self) -> None:
         """Prepare the work on all constrained parameters."""
         self._layout = Layout(self._weights, self.norm)

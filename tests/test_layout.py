@@ -1,0 +1,156 @@
+"""The arrangement of tensors as matrices gives what the functions of one tensor give, for every kind of tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lightning_tpgm.layout
+from lightning_tpgm.layout import Layout
+from lightning_tpgm.norms import Norm, deviation, row_distance
+from lightning_tpgm.projection import project, ratio, row_dot
+
+SHAPES = [(), (1,), (7,), (0,), (3, 5), (5, 3), (1, 15), (0, 4), (4, 0), (4, 3, 2, 2), (2, 3, 3)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_limits() -> Iterator[None]:
+    """Tiny tensors are large ones, worked on in blocks that do not divide them evenly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lightning_tpgm.layout, "SHARED", 12)
+        patch.setitem(lightning_tpgm.layout.BLOCK, "cpu", 7)
+        yield
+
+
+def some(shapes: list[tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def one_by_one(values: list[Tensor]) -> Tensor:
+    return torch.cat([value.flatten() for value in values])
+
+
+def rows_in_order(layout: Layout, rows: Tensor, count: int) -> Tensor:
+    return rows[layout.rows_of(range(count))]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=12),
+    norm=st.sampled_from(["mars", "l2"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_rows_and_projections_are_those_of_one_tensor(
+    shapes: list[tuple[int, ...]], norm: Norm, dtype: torch.dtype, seed: int
+) -> None:
+    weights, anchors, grads = (some(shapes, seed + i, dtype) for i in range(3))
+    layout = Layout(weights, norm)
+    w, a, g = (layout.arrange(tensors) for tensors in (weights, anchors, grads))
+    deviations = [deviation(*pair) for pair in zip(weights, anchors, strict=True)]
+    expected = [row_distance(d, norm) for d in deviations]
+    found = layout.distances(w, a)
+    torch.testing.assert_close(rows_in_order(layout, found, len(shapes)), one_by_one(expected))
+    dots = [row_dot(grad, d, norm) for grad, d in zip(grads, deviations, strict=True)]
+    torch.testing.assert_close(rows_in_order(layout, layout.dots(g, w, a), len(shapes)), one_by_one(dots))
+    largest = torch.stack([d.amax() if d.numel() else d.new_zeros(()) for d in expected])
+    smallest = torch.stack([d.amin() if d.numel() else d.new_full((), torch.inf) for d in expected])
+    torch.testing.assert_close(layout.largest(found), largest)
+    torch.testing.assert_close(layout.smallest(found), smallest)
+    torch.testing.assert_close(layout.total(found), torch.stack([d.sum() for d in expected]))
+
+    radii = largest / 2
+    ratios = ratio(layout.of_rows(radii), found)
+    projected = [
+        project(w, a, ratio(radius, n))
+        for w, a, radius, n in zip(weights, anchors, radii, [e.to(layout.dtype) for e in expected], strict=True)
+    ]
+    kept = layout.copy(weights)
+    layout.project(weights, kept, layout.arrange(anchors), ratios)
+    for tensor, value in zip(weights, projected, strict=True):
+        torch.testing.assert_close(tensor, value)
+
+
+@pytest.mark.parametrize("norm", ["mars", "l2"])
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda t: t,
+        lambda t: t.to(memory_format=torch.channels_last),
+        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda t: torch.cat([t, t], dim=1)[:, :4],
+    ],
+    ids=["contiguous", "channels_last", "transposed", "with_gaps"],
+)
+def test_memory_of_any_order(strided: Any, norm: Norm) -> None:
+    (weight, anchor, grad) = some([(6, 4, 3, 2)] * 3, seed=1)
+    expected = project(weight, anchor, torch.tensor(0.5))
+    dot = row_dot(grad, deviation(weight, anchor), norm).flatten()
+    weight = strided(weight)
+    address = weight.data_ptr()
+    layout = Layout([weight], norm)
+    weights, anchors = layout.arrange([weight]), layout.arrange([anchor])
+    torch.testing.assert_close(layout.dots(layout.arrange([grad]), weights, anchors), dot)
+    layout.project([weight], weights, anchors, torch.full((dot.numel(),), 0.5))
+    torch.testing.assert_close(weight, expected)
+    assert weight.data_ptr() == address
+
+
+def test_memory_whose_order_changes_during_training() -> None:
+    weight, anchor = some([(6, 4, 3, 2)] * 2, seed=1)
+    expected = project(weight, anchor, torch.tensor(0.5))
+    layout = Layout([weight], "mars")
+    weight = weight.to(memory_format=torch.channels_last)
+    layout.project([weight], layout.arrange([weight]), layout.arrange([anchor]), torch.full((6,), 0.5))
+    torch.testing.assert_close(weight, expected)
+
+
+@pytest.mark.parametrize("shape", [(3,), (6, 4)])
+def test_gradients(shape: tuple[int, ...]) -> None:
+    weights, anchors, grads = (some([shape] * 3, seed) for seed in range(3))
+    missing = [grads[0], None, grads[2]]
+    expected = [g + 0.5 * (w - a) for g, w, a in zip(grads, weights, anchors, strict=True)]
+    layout = Layout(weights, "l2")
+    w, a = layout.arrange(weights), layout.arrange(anchors)
+    dots = layout.total(layout.dots(layout.arrange(missing), w, a))
+    assert dots[1] == 0
+    assert dots[0] == pytest.approx((grads[0] * (weights[0] - anchors[0])).sum().item(), rel=1e-5)
+    layout.add_deviations(missing, w, a, torch.full((3,), 0.5))
+    torch.testing.assert_close(grads[0], expected[0])
+    torch.testing.assert_close(grads[2], expected[2])
+
+
+def test_large_tensors_are_not_copied_and_small_ones_share_a_matrix() -> None:
+    tensors = some([(6, 4), (3,), (3,), (2, 3)], seed=0)
+    layout = Layout(tensors, "mars")
+    large, shared, other = layout.arrange(tensors)
+    assert large.data_ptr() == tensors[0].data_ptr()
+    assert shared.shape == (2, 3)
+    assert other.shape == (2, 3)
+    assert all(m.data_ptr() not in {t.data_ptr() for t in tensors} for m in layout.copy(tensors))
+
+
+def test_a_shared_matrix_is_no_larger_than_a_block() -> None:
+    layout = Layout(some([(3,)] * 10, seed=0), "l2")
+    assert [matrix.shape for matrix in layout.arrange(some([(3,)] * 10, seed=0))] == [(3, 3)] * 3 + [(1, 3)]
+
+
+def test_private_functions_of_torch_are_what_they_were() -> None:
+    """One vector of all elements in their logical order, and views of it."""
+    tensors = [torch.arange(6.0).view(2, 3).t(), torch.tensor(7.0), nn.Parameter(torch.ones(2))]
+    with torch.no_grad():
+        flat = lightning_tpgm.layout._flatten(tensors)
+        views = lightning_tpgm.layout._unflatten(flat, tensors)
+    assert flat.tolist() == [0, 3, 1, 4, 2, 5, 7, 1, 1]
+    assert [view.shape for view in views] == [(3, 2), (), (2,)]
+    flat.zero_()
+    assert not any(view.any() for view in views)
+    torch._foreach_copy_(tensors[:1], [torch.ones(3, 2)])
+    assert tensors[0].eq(1).all()
