@@ -78,5 +78,6 @@ class SPDCallback(AnchoredCallback):
         rho = torch.where(new > 0, (new - old) / new, 0).clamp(0, 1)
         decay = torch.where(consistency > 0, self.strength * rho, 0)
         reshard(pl_module)
-        for weight, anchor, remains in zip(weights, anchors, (1 - decay).unbind(), strict=True):
-            weight.copy_(project(weight, anchor, remains))
+        for grad, weight, anchor, remains in zip(grads, weights, anchors, (1 - decay).unbind(), strict=True):
+            if grad is not None:  # to write elsewhere would invalidate graphs that are still in use
+                weight.copy_(project(weight, anchor, remains))
