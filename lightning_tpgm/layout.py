@@ -102,17 +102,19 @@ class Layout:
 
         return self._of_rows(dot, lambda parts: parts.sum(dim=1), gradients, weights, anchors)
 
-    def project(self, tensors: Sequence[Tensor], weights: Matrices, anchors: Matrices, ratios: Tensor) -> None:
+    def project(self, tensors: Sequence[Tensor | None], weights: Matrices, anchors: Matrices, ratios: Tensor) -> None:
         """Write the projections of the weights into the tensors, see `lightning_tpgm.projection.project`.
 
         Args:
-            tensors: Where to.
+            tensors: Where to; a weight with None is not projected.
             weights: W; may be views of the same tensors.
             anchors: W0.
             ratios: r of every row.
         """
         groups = zip(self._groups, weights, anchors, torch.split(ratios.unsqueeze(1), self._sizes), strict=True)
         for group, weight, anchor, ratio in groups:
+            if group.is_missing(tensors):
+                continue
             projected = group.arrange(tensors)
             for rows, columns in group.blocks:
                 block = project(weight[rows, columns], anchor[rows, columns], ratio[rows])
@@ -132,7 +134,7 @@ class Layout:
         """
         groups = zip(self._groups, weights, anchors, torch.split(factors.unsqueeze(1), self._sizes), strict=True)
         for group, weight, anchor, factor in groups:
-            if all(gradients[index] is None for index in group.indices):
+            if group.is_missing(gradients):
                 continue
             changed = group.arrange(gradients)
             for rows, columns in group.blocks:
@@ -225,10 +227,13 @@ class _Group:
             rows = max(1, block // max(1, self._length))
             self.blocks = [(slice(i, i + rows), slice(None)) for i in range(0, max(1, self.rows), rows)]
 
+    def is_missing(self, tensors: Sequence[Tensor | None]) -> bool:
+        return all(tensors[index] is None for index in self.indices)
+
     def arrange(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        mine = [tensors[index] for index in self.indices]
-        if all(tensor is None for tensor in mine):
+        if self.is_missing(tensors):
             return self._zero.expand(self.rows, self._length)
+        mine = (tensors[index] for index in self.indices)
         present = [self._zero.expand(self._size) if tensor is None else tensor for tensor in mine]
         if not self._is_view:
             return _flatten(present).view(self.rows, self._length)

@@ -51,9 +51,9 @@ class LearnedScalars:
             torch.cat([old, new]) for old in (self.exp_avg, self.exp_avg_sq, self.step)
         )
 
-    def start(self, value: Tensor) -> None:
-        """Give every scalar that has no value yet this one, shape (T,) or ()."""
-        self.value = torch.where(self.value.isnan(), value, self.value)
+    def start(self, value: Tensor, where: Tensor | bool = True) -> None:
+        """Give every scalar that has no value yet this one, shape (T,) or (), if ``where`` is true."""
+        self.value = torch.where(self.value.isnan() & where, value, self.value)
 
     def adam(self, grad: Tensor, where: Tensor) -> None:
         """One Adam step on the scalars at which ``where`` is true; the others keep value and state to the bit.
@@ -93,6 +93,11 @@ class LearnedScalars:
 class Radii(LearnedScalars):
     """The radii of all constrained tensors."""
 
-    def clamp(self, largest: Tensor) -> None:
-        """Make every radius legal: [1e-8, largest row distance], see `lightning_tpgm.projection.legal_radius`."""
-        self.value = legal_radius(self.value, largest)
+    def clamp(self, largest: Tensor, where: Tensor) -> None:
+        """Make radii legal, if ``where`` is true: [1e-8, largest row distance], see `projection.legal_radius`."""
+        self.value = torch.where(where, legal_radius(self.value, largest), self.value)
+
+    @property
+    def bounds(self) -> Tensor:
+        """The radii, infinite where there is none yet."""
+        return self.value.nan_to_num(nan=torch.inf)

@@ -488,7 +488,7 @@ def test_resumed_without_state_but_with_pretrained(tmp_path: Path) -> None:
     callback = TPGMCallback(pretrained=toy(5))
     resume(path, callback)
     assert_same(callback.state_dict()["anchor"], {n: p.detach() for n, p in toy(5).named_parameters()})
-    assert callback.state_dict()["method"]["steps"] == 6
+    assert callback.state_dict()["method"]["steps"] == {0: 6}
 
 
 def tampered(path: Path, name: str, value: Any) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -94,6 +95,30 @@ def test_two_radii_for_the_same_parameters_are_refused(order: tuple[int, ...]) -
     with pytest.raises(MisconfigurationException, match=message) as error:
         trained(*(both[i] for i in order))
     assert str(error.value).startswith(f"{both[order[0]]!r} and {both[order[1]]!r} both")
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["by BaseFinetuning", "by the module"])
+def test_two_radii_for_a_backbone_that_thaws_later_are_refused(announced: bool) -> None:
+    """Before the training where a finetuning callback says that it may come, else when it comes."""
+
+    class Thaw(pl.Callback):
+        def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+            pl_module.backbone.requires_grad_(False)
+
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            pl_module.backbone.requires_grad_(trainer.current_epoch == 1)
+
+    seen: list[int] = []
+
+    class Steps(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            seen.append(trainer.global_step)
+
+    thaw = BackboneFinetuning(1, train_bn=False) if announced else Thaw()
+    both = [TPGMCallback(exclude=HEAD), FTPCallback(exclude=REST[1:])]
+    with pytest.raises(MisconfigurationException, match="both learn a radius for 4 parameters, 'backbone.0.bias'"):
+        trained(thaw, *both, Steps())
+    assert len(seen) == (0 if announced else 6)
 
 
 @pytest.mark.parametrize("order", list(permutations([0, 1])))

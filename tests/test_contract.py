@@ -679,7 +679,7 @@ def test_several_optimizers(method: Method) -> None:
     module.look = look
     run(module, callback)
     if isinstance(callback, TPGMCallback) and not method.at_end:
-        return  # learns its radii after each step of either: there is no single-optimizer twin
+        return  # evaluates after each step of either, on a batch of its own: there is no single-optimizer twin
     expected = Branches()
     run(expected, for_manual_optimization(method))
     torch.testing.assert_close(parameters(module), parameters(expected), rtol=1e-6, atol=1e-7)

@@ -98,7 +98,7 @@ def watch(callback: TPGMCallback, module: pl.LightningModule) -> tuple[Look, Cou
 
     def look(place: str) -> None:
         radii = callback.radii
-        if not radii or any(radius != radius for radius in radii.values()):  # before the first step
+        if all(radius != radius for radius in radii.values()):  # before the first step
             return
         seen[place] += 1
         anchors = {name: start[name].to(parameter.dtype) for name, parameter in module.named_parameters()}

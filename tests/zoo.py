@@ -140,14 +140,18 @@ def row_distances(weight: Tensor, anchor: Tensor, norm: str) -> Tensor:
 def assert_inside_balls(
     module: nn.Module, anchors: Mapping[str, Tensor], radii: Mapping[str, float], norm: str = "mars", rtol: float = 1e-5
 ) -> None:
-    """Every tensor that has a radius is no farther from its anchor than that; storing a weight rounds it."""
+    """Every tensor is no farther from its anchor than its radius; storing a weight rounds it.
+
+    One whose radius is not a number has not been stepped yet, and so has not moved.
+    """
     parameters = dict(module.named_parameters())
     assert radii
     for name, radius in radii.items():
         weight = parameters[name].detach()
         distance = row_distances(weight, anchors[name], norm)
         rounding = torch.finfo(weight.dtype).eps * row_distances(weight, torch.zeros_like(weight), norm)
-        assert (distance <= radius * (1 + rtol) + rounding).all(), f"{name}: distances {distance}, radius {radius}"
+        bound = 0.0 if radius != radius else radius
+        assert (distance <= bound * (1 + rtol) + rounding).all(), f"{name}: distances {distance}, radius {radius}"
 
 
 def assert_identical(found: Any, expected: Any, where: str = "") -> None:

@@ -55,6 +55,12 @@ def to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor if is_split(tensor) else tensor.cpu() for name, tensor in tensors.items()}
 
 
+def unfreezes(trainer: pl.Trainer) -> bool:
+    """Whether a finetuning callback may unfreeze parameters later."""
+    unfreezing = classes("callbacks:BaseFinetuning")
+    return any(isinstance(callback, unfreezing) for callback in callbacks_of(trainer))
+
+
 def _nothing() -> None:
     pass
 
@@ -279,9 +285,7 @@ class AnchoredCallback(Callback):
         rank_zero_info(f"{type(self).__name__}: {text}")
 
     def _check_something_to_do(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        unfreezing = classes("callbacks:BaseFinetuning")
-        unfreezes = any(isinstance(callback, unfreezing) for callback in callbacks_of(trainer))
-        if not self._parameters and not (self._waiting and unfreezes):
+        if not self._parameters and not (self._waiting and unfreezes(trainer)):
             raise MisconfigurationException(
                 f"{type(self).__name__} has nothing to constrain: of {len(list(pl_module.parameters()))} parameters"
                 f" {len(self._waiting)} remain after `exclude` = {list(self.exclude)}, and none of them is trainable."
@@ -311,12 +315,16 @@ class AnchoredCallback(Callback):
         """This process's parts of the constrained parameters: in-place changes reach the module. Under no_grad only."""
         return [local(parameter) for parameter in self._parameters.values()]
 
+    def _owned(self, optimizer: Optimizer) -> list[bool]:
+        """Which of the constrained parameters this optimizer steps."""
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [id(parameter) in stepped for parameter in self._parameters.values()]
+
     def _gradients(self, optimizer: Optimizer) -> list[Tensor | None]:
         """This process's parts of the gradients, None for a tensor that this optimizer does not step now."""
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return [
-            None if p.grad is None or id(p) not in stepped else local_gradient(p.grad, p)
-            for p in self._parameters.values()
+            None if p.grad is None or not owned else local_gradient(p.grad, p)
+            for p, owned in zip(self._parameters.values(), self._owned(optimizer), strict=True)
         ]
 
     def _check_gradients_can_be_read(self, trainer: pl.Trainer) -> None:

@@ -115,12 +115,12 @@ class FTPCallback(RadiusCallback):
         radii.adam(torch.where(slope > 0, self.k * slope, slope), where=stepped & known)
         # Adam counts the optimizer's steps: the next is t = 2
         radii.step = torch.where(stepped & ~known, 1, radii.step)
-        radii.clamp(largest + EPS)
+        radii.clamp(largest + EPS, where=stepped)
 
         for (name, parameter), grad in zip(self._parameters.items(), grads, strict=True):
             if grad is not None:
                 self._previous[name] = capture(parameter, parameter)
-        self._project(pl_module, weights, distances)
+        self._project(pl_module, weights, distances, moved=[grad is not None for grad in grads])
         self._projected(largest)
 
     def _slopes(self, grads: list[Tensor | None]) -> Tensor:

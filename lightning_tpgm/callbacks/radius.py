@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained
-from lightning_tpgm.callbacks.base import AnchoredCallback, check, is_number
+from lightning_tpgm.callbacks.base import AnchoredCallback, check, is_number, unfreezes
 from lightning_tpgm.framework import MisconfigurationException, callbacks_of, pl
 from lightning_tpgm.layout import Matrices
 from lightning_tpgm.norms import NORMS, Norm
@@ -47,15 +47,32 @@ class RadiusCallback(AnchoredCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Also refuses a second radius for the same parameters."""
         super().on_train_start(trainer, pl_module)
+        self._check_alone(trainer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Also refuses a second radius for parameters that join now."""
+        known = len(self._parameters)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if len(self._parameters) > known:
+            self._check_alone(trainer)
+
+    def _check_alone(self, trainer: pl.Trainer) -> None:
         callbacks = callbacks_of(trainer)
         for other in callbacks[: callbacks.index(self)]:
             if isinstance(other, RadiusCallback) and other.acts_after_steps() and self.acts_after_steps():
-                both = self._parameters.keys() & other._parameters.keys()
+                both = self._expected(trainer) & other._expected(trainer)
                 if both:
                     raise MisconfigurationException(
                         f"{other!r} and {self!r} both learn a radius for {len(both)} parameters, {min(both)!r} among"
                         " them: each would take the other's projection for the optimizer's step. Exclude them in one."
                     )
+
+    def _expected(self, trainer: pl.Trainer) -> set[str]:
+        """The parameters that are constrained, and those that a finetuning callback may yet unfreeze."""
+        return {*self._parameters, *(self._waiting if unfreezes(trainer) else ())}
 
     @property
     def radii(self) -> dict[str, float]:
@@ -101,13 +118,17 @@ class RadiusCallback(AnchoredCallback):
         distances = self._sharding.distances(self._layout.distances(weights, self._anchors))
         return distances, self._sharding.largest(self._layout.largest(distances))
 
-    def _project(self, pl_module: nn.Module, weights: Matrices, distances: Tensor) -> None:
-        """Write the projections of these weights into the parameters."""
+    def _project(self, pl_module: nn.Module, weights: Matrices, distances: Tensor, moved: Sequence[bool]) -> None:
+        """Write the projections of these weights into the parameters that were moved.
+
+        The others are inside their balls; a write would invalidate graphs through them that are still in use.
+        """
         reshard(pl_module)
-        ratios = ratio(self._layout.of_rows(self._radii.value), distances)
-        self._layout.project(self._weights, weights, self._anchors, ratios)
+        targets = [weight if written else None for weight, written in zip(self._weights, moved, strict=True)]
+        ratios = ratio(self._layout.of_rows(self._radii.bounds), distances)
+        self._layout.project(targets, weights, self._anchors, ratios)
 
     def _projected(self, largest: Tensor) -> None:
         """Note the largest distances after a projection, from those before it."""
-        ratios = ratio(self._radii.value, largest)  # of each tensor's farthest row
+        ratios = ratio(self._radii.bounds, largest)  # of each tensor's farthest row
         self._distances, self._mean_ratio = ratios * largest, ratios.mean()

@@ -70,13 +70,15 @@ class SPDCallback(AnchoredCallback):
         before, self._before = self._before, []
         layout, anchors = self._layout, self._anchors
         weights = layout.arrange(self._weights)
-        gradients = layout.arrange(self._gradients(optimizer))
-        consistency = self._sharding.total(layout.total(layout.dots(gradients, before, anchors)))
+        grads = self._gradients(optimizer)
+        consistency = self._sharding.total(layout.total(layout.dots(layout.arrange(grads), before, anchors)))
         old, new = self._distances(before), self._distances(weights)
         rho = torch.where(new > 0, (new - old) / new, 0).clamp(0, 1)
         decay = torch.where(consistency > 0, self.strength * rho, 0)
         reshard(pl_module)
-        layout.project(self._weights, weights, anchors, layout.of_rows(1 - decay))
+        # to write where nothing decays would invalidate graphs that are still in use
+        targets = [None if grad is None else weight for grad, weight in zip(grads, self._weights, strict=True)]
+        layout.project(targets, weights, anchors, layout.of_rows(1 - decay))
 
     def _distances(self, weights: Matrices) -> Tensor:
         """The distance of each tensor, shape (T,)."""

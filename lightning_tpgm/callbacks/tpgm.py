@@ -41,7 +41,7 @@ class TPGMCallback(RadiusCallback):
             ``"l2"`` (Frobenius norm of the tensor).
         radius_steps: Radius updates each time they are due.
         every_n_steps: The radii are updated on every n-th optimizer step, the first included; weights are projected
-            after every one.
+            after every one. Several optimizers are counted one by one, and each step acts on that optimizer's tensors.
         exclude: fnmatch patterns over parameter names, for instance ``["head.*"]``; those are not constrained.
         pretrained: Where the anchors come from: the path of a Lightning checkpoint or of a state dict (also
             ``.safetensors``), a mapping, or a module. None: the weights at the start of the fit. Parameters that it
@@ -186,7 +186,7 @@ class TPGMCallback(RadiusCallback):
     def reset_method(self) -> None:
         """Forgets the radii and the position in the held-out data."""
         super().reset_method()
-        self._steps = 0  # optimizer steps seen
+        self._steps: dict[int, int] = {}  # seen of each optimizer, by its index
         self._held_out = None
         self._held_out_state = {}
         self._held_out_loss = None  # of the last update, until it is logged
@@ -197,7 +197,7 @@ class TPGMCallback(RadiusCallback):
     def method_state(self) -> dict[str, Any]:
         """Radii, their Adam state, the step count and the position in the held-out data."""
         held_out = self._held_out_state if self._held_out is None else self._held_out.state_dict()
-        return {**super().method_state(), "steps": self._steps, "held_out": held_out}
+        return {**super().method_state(), "steps": dict(self._steps), "held_out": held_out}
 
     @override
     def load_method_state(self, state: dict[str, Any]) -> None:
@@ -207,11 +207,13 @@ class TPGMCallback(RadiusCallback):
 
     @override
     def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Updates the radii if that is due and projects the weights."""
+        """Updates the radii of this optimizer's tensors if that is due, and projects these."""
         if self.acts_after_steps():
-            due = self._steps % self.every_n_steps == 0
-            self._steps += 1
-            self._constrain(trainer, pl_module, range(self.radius_steps if due else 0))
+            index = trainer.optimizers.index(optimizer)
+            steps = self._steps.get(index, 0)
+            self._steps[index] = steps + 1
+            due = steps % self.every_n_steps == 0
+            self._constrain(trainer, pl_module, range(self.radius_steps if due else 0), optimizer)
 
     def constrain_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make all radius updates at once, with a progress bar, and project the weights."""
@@ -222,24 +224,50 @@ class TPGMCallback(RadiusCallback):
             )
         self._warn_of_skipped()
 
-    def _constrain(self, trainer: pl.Trainer, pl_module: pl.LightningModule, updates: Sequence[int]) -> None:
+    def _constrain(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        updates: Sequence[int],
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        """Update the radii and project the weights after a step of an optimizer, or at the end of the fit."""
+        owned = [True for _ in self._parameters]
+        if optimizer is not None and len(trainer.optimizers) > 1:  # the weights of the others have not moved
+            owned = self._owned(optimizer)
+        if not any(owned):
+            return
+        moved = self._moved(owned, optimizer)
         weights = self._layout.copy(self._weights) if updates else self._layout.arrange(self._weights)
         distances, largest = self._measure(weights)
-        self._radii.start(self._sharding.smallest(self._layout.smallest(distances)) / 2)
+        self._radii.start(self._sharding.smallest(self._layout.smallest(distances)) / 2, where=moved)
         try:
             for _ in updates:
-                self._radii.clamp(largest)
-                self._project(pl_module, weights, distances)
-                self._update_radii(trainer, pl_module, weights, distances)
+                self._radii.clamp(largest, where=moved)
+                self._project(pl_module, weights, distances, owned)
+                self._update_radii(trainer, pl_module, weights, distances, moved)
         finally:  # whatever happens, the weights are left inside the ball
-            self._radii.clamp(largest)
-            self._project(pl_module, weights, distances)
+            self._radii.clamp(largest, where=moved)
+            self._project(pl_module, weights, distances, owned)
             self._projected(largest)
 
+    def _moved(self, owned: Sequence[bool], optimizer: Optimizer | None) -> Tensor:
+        """Which tensors the step moved, shape (T,): all that the optimizer owns, or none."""
+        moved = self._layout.on_device(owned)
+        # While a fused optimizer steps under a gradient scaler it holds this flag and may skip the step; to read it
+        # here would make a GPU wait.
+        skipped = getattr(optimizer, "found_inf", None)
+        return moved if skipped is None else moved & (skipped == 0)
+
     def _update_radii(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: Matrices, distances: Tensor
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        weights: Matrices,
+        distances: Tensor,
+        moved: Tensor,
     ) -> None:
-        """One Adam step on the radii; the parameters hold the projections of ``weights``."""
+        """One Adam step on the radii of the moved tensors; the parameters hold the projections of ``weights``."""
         parameters = list(self._parameters.values())
         with no_trace(trainer, pl_module):
             if self._held_out is None:
@@ -257,7 +285,7 @@ class TPGMCallback(RadiusCallback):
         summary = trainer.strategy.reduce(summary, reduce_op="mean")
         slope, used = summary[1:].chunk(2)
         finite = summary.isfinite().all()
-        self._radii.adam(slope, where=finite & (used > 0))
+        self._radii.adam(slope, where=finite & (used > 0) & moved)
         self._held_out_loss = summary[0]
         self._skipped = self._skipped.to(finite.device) + ~finite
 
