@@ -19,7 +19,7 @@ from torch import Tensor
 # Private, but what DistributedDataParallel itself is built on; a test pins both.
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from lightning_tpgm.norms import Norm, deviation, row_dims
+from lightning_tpgm.norms import Norm, deviation, row_dims, row_norm
 from lightning_tpgm.projection import project
 
 SHARED = 2**14
@@ -48,7 +48,7 @@ class Layout:
     """
 
     def __init__(self, tensors: Sequence[Tensor], norm: Norm) -> None:
-        self._order = 1 if norm == "mars" else 2
+        self._kind = norm
         self._count = len(tensors)
         self._groups = [_Group(indices, tensors, norm) for indices in _grouped(tensors, norm)]
         dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
@@ -143,8 +143,7 @@ class Layout:
             group.write(changed, gradients)
 
     def _norm(self, matrix: Tensor) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(matrix, ord=self._order, dim=1)
-        return norm
+        return row_norm(matrix, (1,), self._kind).squeeze(1)
 
     def _of_rows(
         self, function: Callable[..., Tensor], combine: Callable[[Tensor], Tensor], *operands: Matrices

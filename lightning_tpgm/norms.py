@@ -63,5 +63,12 @@ def row_distance(deviation: Tensor, norm: Norm) -> Tensor:
     dims = row_dims(deviation.ndim, norm)
     if not dims:  # a scalar: `vector_norm(dim=())` would mean the same, but not in every torch version
         return deviation.abs()
-    distance: Tensor = torch.linalg.vector_norm(deviation, ord=1 if norm == "mars" else 2, dim=dims, keepdim=True)
-    return distance
+    return row_norm(deviation, dims, norm)
+
+
+def row_norm(matrix: Tensor, dims: tuple[int, ...], norm: Norm) -> Tensor:
+    """The L1 norm (``mars``) or the Euclidean norm (``l2``) over some dimensions, kept at size 1."""
+    if norm == "mars":  # a third of the time of `vector_norm(ord=1)` on a CPU
+        return matrix.abs().sum(dim=dims, keepdim=True)
+    value: Tensor = torch.linalg.vector_norm(matrix, dim=dims, keepdim=True)
+    return value

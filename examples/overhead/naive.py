@@ -1,0 +1,47 @@
+"""The peer: the paper's algorithm written down as it reads."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_tpgm.norms import Norm, deviation, row_distance
+from lightning_tpgm.projection import ratio
+
+
+class Naive:
+    """A copy of the model at each update, tensor after tensor, and autograd through the projections.
+
+    Args:
+        module: Has a ``model`` and the cross entropy as its loss; its weights are the anchor.
+        norm: ``"mars"`` or ``"l2"``.
+    """
+
+    def __init__(self, module: pl.LightningModule, norm: Norm) -> None:
+        self.norm = norm
+        self.anchor = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+        self.radii = {name: p.new_full((), 1e-3).requires_grad_() for name, p in self.anchor.items()}
+        self.adam = torch.optim.Adam(self.radii.values(), lr=1e-2)
+
+    def projected(self, model: nn.Module) -> dict[str, Tensor]:
+        """Every parameter's projection, with the graph to its radius."""
+        found = {}
+        for name, parameter in model.named_parameters():
+            d = deviation(parameter.detach(), self.anchor[name])
+            found[name] = self.anchor[name] + ratio(self.radii[name], row_distance(d, self.norm)) * d
+        return found
+
+    def __call__(self, module: pl.LightningModule, batch: Any) -> None:
+        """One update of the radii and one projection."""
+        copy = deepcopy(module.model).eval()
+        output = torch.func.functional_call(copy, self.projected(copy), batch[0])
+        self.adam.zero_grad()
+        nn.functional.cross_entropy(output, batch[1]).backward()
+        self.adam.step()
+        with torch.no_grad():
+            for parameter, value in zip(module.model.parameters(), self.projected(module.model).values(), strict=True):
+                parameter.copy_(value)

@@ -1,0 +1,286 @@
+"""What the constraint costs: time of each method's own work in a step, against the floor, and memory.
+
+Everything is timed in one process and in alternating rounds, so that what else the machine does falls on all alike:
+a plain training step, the evaluation that TPGM cannot do without, a copy of the weights, each method, and a naive
+transcription of the paper's algorithm. About an hour on two cores; `--quick` takes some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from models import CLASSES, MODELS, Tiny, growing
+from naive import Naive
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, TPGMCallback
+from lightning_tpgm.callbacks.base import AnchoredCallback
+
+RESULTS = Path(__file__).parent / "results"
+BATCHES = (1, 8, 32)
+
+
+class HeldOut:
+    """Always the same batch: loading is not what is measured."""
+
+    batch: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        yield HeldOut.batch
+
+
+METHODS: dict[str, Callable[[], AnchoredCallback]] = {
+    "TPGM, mars": lambda: TPGMCallback(HeldOut(), norm="mars"),
+    "TPGM, l2": lambda: TPGMCallback(HeldOut(), norm="l2"),
+    "FTP, mars": FTPCallback,
+    "FTP, l2": lambda: FTPCallback(norm="l2"),
+    "DiGraP": DiGraPCallback,
+    "SPD": SPDCallback,
+    "L2-SP": L2SPCallback,
+}
+
+
+class Module(pl.LightningModule):
+    """An ordinary classifier."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        """The cross entropy."""
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """What most use."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+class Clock(pl.Callback):
+    """Times everything in turn at the end of the first batch of a fit.
+
+    Args:
+        methods: Those that are timed.
+        rounds: How often; one more before them is not counted.
+        seconds: No round starts later than this, but at least one is counted.
+        peer: Whether the naive transcription is timed, too.
+    """
+
+    def __init__(self, methods: list[str], rounds: int, seconds: float, peer: bool) -> None:
+        self.methods, self.rounds, self.seconds, self.peer = methods, rounds, seconds, peer
+        self.times: dict[str, list[float]] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Does it."""
+        HeldOut.batch = batch
+        (optimizer,) = trainer.optimizers
+        parameters = list(pl_module.parameters())
+        callbacks = {name: METHODS[name]() for name in self.methods}
+        for callback in callbacks.values():
+            callback.setup(trainer, pl_module, "fit")
+            callback._begin(trainer, pl_module)  # what on_train_start does, but for listening to the optimizer
+        naive = Naive(pl_module, "mars") if self.peer else None
+        weights, copy = ([p.detach().clone() for p in parameters] for _ in range(2))
+
+        def backward() -> None:
+            optimizer.zero_grad()
+            pl_module.training_step(batch).backward()
+
+        def plain() -> None:
+            backward()
+            optimizer.step()
+
+        def evaluation() -> None:
+            pl_module.eval()
+            torch.autograd.grad(pl_module.training_step(batch), parameters)
+            pl_module.train()
+
+        def before(callback: AnchoredCallback) -> None:
+            callback.on_before_optimizer_step(trainer, pl_module, optimizer)
+            callback.before_optimizer_step(optimizer)
+
+        end = time.perf_counter() + self.seconds
+        for counted in range(self.rounds + 1):
+            if counted > 1 and time.perf_counter() > end:
+                break
+            times = {"plain step": seconds(plain), "evaluation": seconds(evaluation)}
+            with torch.no_grad():
+                times["copy"] = seconds(lambda: torch._foreach_copy_(copy, weights))
+            for name, callback in callbacks.items():
+                backward()
+                with torch.no_grad():
+                    times[name] = seconds(before, callback)
+                    optimizer.step()
+                    times[name] += seconds(callback.after_optimizer_step, trainer, pl_module, optimizer)
+                    if isinstance(callback, TPGMCallback):
+                        optimizer.step()
+                        times[f"{name}: projection"] = seconds(callback._constrain, trainer, pl_module, range(0))
+            if naive is not None:
+                plain()
+                times["naive"] = seconds(naive, pl_module, batch)
+            if counted:
+                for name, value in times.items():
+                    self.times.setdefault(name, []).append(value)
+
+
+def seconds(function: Callable[..., object], *args: object) -> float:
+    """How long a call takes, a GPU's work included."""
+    gc.collect()
+    _synchronize()
+    start = time.perf_counter()
+    function(*args)
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def fit(model: nn.Module, data: Tensor, callbacks: list[pl.Callback], steps: int = 1) -> None:
+    """Train for some steps."""
+    batch = [data, torch.randint(CLASSES, (len(data),))]
+    trainer = pl.Trainer(
+        max_steps=steps,
+        devices=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(model), DataLoader([batch] * steps, batch_size=None))
+
+
+def timed(model: nn.Module, data: Tensor, **options: Any) -> dict[str, tuple[float, int]]:
+    """Median seconds and number of rounds of everything."""
+    clock = Clock(**options)
+    torch.manual_seed(0)
+    fit(model, data, [clock])
+    return {name: (median(values), len(values)) for name, values in clock.times.items()}
+
+
+def peak_memory(model: str, method: str) -> int:
+    """Bytes at the peak of a fit of four steps at batch size 1, in a process of its own."""
+    command = [sys.executable, __file__, "--peak-memory", model, method]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+def print_peak_memory(model: str, method: str) -> None:
+    """The other end of `peak_memory`."""
+    make, data = MODELS[model]
+    callbacks = [METHODS[method]()] if method in METHODS else []
+    batch = data(1)
+    HeldOut.batch = [batch, torch.randint(CLASSES, (1,))]
+    fit(make(), batch, list(callbacks), steps=4)
+    if torch.cuda.is_available():
+        print(torch.cuda.max_memory_allocated())
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a CSV file."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def done(path: Path) -> set[tuple[str, str]]:
+    """The models and batch sizes (or methods) that a file has results of."""
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {(row["model"], row.get("batch") or row["method"]) for row in csv.DictReader(file)}
+
+
+def describe() -> dict[str, Any]:
+    """Versions and machine."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+def main() -> None:
+    """Measure what is not measured yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--quick", action="store_true", help="few rounds and small batches")
+    parser.add_argument("--peak-memory", nargs=2, metavar=("MODEL", "METHOD"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if arguments.peak_memory:
+        print_peak_memory(*arguments.peak_memory)
+        return
+    output: Path = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "machine.json").write_text(json.dumps(describe(), indent=2) + "\n")
+    rounds, limit = (2, 0.0) if arguments.quick else (9, 90.0)
+
+    times = output / "times.csv"
+    for batch in BATCHES[: 1 if arguments.quick else None]:
+        for name, (make, data) in MODELS.items():
+            if (name, str(batch)) in done(times):
+                continue
+            print(name, batch, flush=True)
+            model = make()
+            size = {"parameters": sum(p.numel() for p in model.parameters()), "tensors": len(list(model.parameters()))}
+            found = timed(model, data(batch), methods=list(METHODS), rounds=rounds, seconds=limit, peer=True)
+            key = {"model": name, "batch": batch, **size}
+            append(times, [key | {"what": w, "seconds": f"{s:.6g}", "rounds": n} for w, (s, n) in found.items()])
+
+    growth = output / "growth.csv"
+    for count, elements in growing(small=arguments.quick):
+        name = f"{count} x {elements // count}"
+        if (name, "1") in done(growth):
+            continue
+        print(name, flush=True)
+        methods = ["TPGM, mars", "TPGM, l2"]
+        found = timed(
+            Tiny(count, elements), torch.ones(1, 3, 1, 1), methods=methods, rounds=5, seconds=20.0, peer=False
+        )
+        key = {"model": name, "batch": 1, "parameters": elements, "tensors": count}
+        append(growth, [key | {"what": w, "seconds": f"{s:.6g}", "rounds": n} for w, (s, n) in found.items()])
+
+    memory = output / "memory.csv"
+    for name in list(MODELS)[: 1 if arguments.quick else 3]:
+        for method in ("plain", *METHODS):
+            if (name, method) not in done(memory):
+                print(name, method, flush=True)
+                append(memory, [{"model": name, "method": method, "peak_bytes": peak_memory(name, method)}])
+
+
+if __name__ == "__main__":
+    main()
