@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo benchmark benchmark-quick test lint tests package demo-quick oldest env clean distclean
+.PHONY: help demo benchmark benchmark-quick bench test lint tests package demo-quick oldest env clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ benchmark-quick: $(VENV)/.installed-benchmark  ## the same at its smallest, in m
 	$(VENV)/bin/python examples/benchmark/prepare.py
 	$(VENV)/bin/python examples/benchmark/benchmark.py --seeds 1 --epochs 1 --first --output demo_output/benchmark
 	$(VENV)/bin/python examples/benchmark/summary.py --results demo_output/benchmark
+
+bench: $(VENV)/.installed-demo  ## what each method costs, against the floor: about half an hour; goes on where it stopped
+	$(VENV)/bin/python examples/overhead/overhead.py
+	$(VENV)/bin/python examples/overhead/report.py
 
 test: lint tests package demo-quick oldest  ## everything that CI runs
 

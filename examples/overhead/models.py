@@ -27,6 +27,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps of the block's width times four."""
         return (self.layers(x) + self.shortcut(x)).relu()
 
 
@@ -53,6 +54,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
         return self.head(self.blocks(self.embed(x)).mean(dim=1))
 
 
@@ -64,6 +66,7 @@ class Patches(nn.Module):
         self.convolution = nn.Conv2d(3, width, 16, 16)
 
     def forward(self, x: Tensor) -> Tensor:
+        """One vector a patch."""
         return self.convolution(x).flatten(2).transpose(1, 2)
 
 
@@ -76,6 +79,7 @@ class Tiny(nn.Module):
         self.head = nn.Linear(1, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
         total = torch.stack([scale.sum() for scale in self.scales]).sum() / len(self.scales)
         return self.head(x.mean(dim=(1, 2, 3)).unsqueeze(1) * total)
 

@@ -2,7 +2,7 @@
 
 Everything is timed in one process and in alternating rounds, so that what else the machine does falls on all alike:
 a plain training step, the evaluation that TPGM cannot do without, a copy of the weights, each method, and a naive
-transcription of the paper's algorithm. About an hour on two cores; `--quick` takes some minutes.
+transcription of the paper's algorithm. About half an hour on two cores; `--quick` takes some minutes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from typing import Any
 import lightning
 import lightning.pytorch as pl
 import torch
-from models import CLASSES, MODELS, Tiny, growing
-from naive import Naive
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, TPGMCallback
 from lightning_tpgm.callbacks.base import AnchoredCallback
+from models import CLASSES, MODELS, Tiny, growing
+from naive import Naive
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 8, 32)
@@ -44,6 +44,7 @@ class HeldOut:
     batch: Any = None
 
     def __iter__(self) -> Iterator[Any]:
+        """One batch a pass."""
         yield HeldOut.batch
 
 
@@ -79,13 +80,14 @@ class Clock(pl.Callback):
 
     Args:
         methods: Those that are timed.
-        rounds: How often; one more before them is not counted.
-        seconds: No round starts later than this, but at least one is counted.
+        rounds: How often.
+        seconds: No further round starts later than this.
+        warm_up: Rounds before them that are not counted.
         peer: Whether the naive transcription is timed, too.
     """
 
-    def __init__(self, methods: list[str], rounds: int, seconds: float, peer: bool) -> None:
-        self.methods, self.rounds, self.seconds, self.peer = methods, rounds, seconds, peer
+    def __init__(self, methods: list[str], rounds: int, seconds: float, peer: bool, warm_up: int = 1) -> None:
+        self.methods, self.rounds, self.seconds, self.peer, self.warm_up = methods, rounds, seconds, peer, warm_up
         self.times: dict[str, list[float]] = {}
 
     def on_train_batch_end(
@@ -120,14 +122,14 @@ class Clock(pl.Callback):
             callback.before_optimizer_step(optimizer)
 
         end = time.perf_counter() + self.seconds
-        for counted in range(self.rounds + 1):
-            if counted > 1 and time.perf_counter() > end:
+        for round_ in range(-self.warm_up, self.rounds):
+            if round_ > 0 and time.perf_counter() > end:
                 break
             times = {"plain step": seconds(plain), "evaluation": seconds(evaluation)}
             with torch.no_grad():
                 times["copy"] = seconds(lambda: torch._foreach_copy_(copy, weights))
+            backward()  # its gradients serve all methods
             for name, callback in callbacks.items():
-                backward()
                 with torch.no_grad():
                     times[name] = seconds(before, callback)
                     optimizer.step()
@@ -138,7 +140,7 @@ class Clock(pl.Callback):
             if naive is not None:
                 plain()
                 times["naive"] = seconds(naive, pl_module, batch)
-            if counted:
+            if round_ >= 0:
                 for name, value in times.items():
                     self.times.setdefault(name, []).append(value)
 
@@ -257,7 +259,8 @@ def main() -> None:
             print(name, batch, flush=True)
             model = make()
             size = {"parameters": sum(p.numel() for p in model.parameters()), "tensors": len(list(model.parameters()))}
-            found = timed(model, data(batch), methods=list(METHODS), rounds=rounds, seconds=limit, peer=True)
+            options = {"methods": list(METHODS), "rounds": rounds, "seconds": limit, "peer": True}
+            found = timed(model, data(batch), **options, warm_up=1 if batch < 32 else 0)  # some minutes a round
             key = {"model": name, "batch": batch, **size}
             append(times, [key | {"what": w, "seconds": f"{s:.6g}", "rounds": n} for w, (s, n) in found.items()])
 

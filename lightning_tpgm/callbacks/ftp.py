@@ -117,11 +117,18 @@ class FTPCallback(RadiusCallback):
         radii.step = torch.where(stepped & ~known, 1, radii.step)
         radii.clamp(largest + EPS, where=stepped)
 
-        for (name, parameter), grad in zip(self._parameters.items(), grads, strict=True):
-            if grad is not None:
-                self._previous[name] = capture(parameter, parameter)
+        self._remember([name for name, grad in zip(self._parameters, grads, strict=True) if grad is not None])
         self._project(pl_module, weights, distances, moved=[grad is not None for grad in grads])
         self._projected(largest)
+
+    def _remember(self, names: list[str]) -> None:
+        """Keep the present weights, in the memory of those of the last step."""
+        new = [name for name in names if name not in self._previous]
+        self._previous |= {name: capture(self._parameters[name], self._parameters[name]) for name in new}
+        known = [name for name in names if name not in new]
+        if known:
+            previous, present = ([local(of[name]) for name in known] for of in (self._previous, self._parameters))
+            torch._foreach_copy_(previous, present)
 
     def _slopes(self, grads: list[Tensor | None]) -> Tensor:
         """dgamma of each tensor, shape (T,); 0 for those without gradient or previous step."""

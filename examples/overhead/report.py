@@ -1,0 +1,115 @@
+"""Writes the tables and the figure of what the constraint costs, from the committed results."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[2] / "README.md"
+MAIN = ("ResNet-50", "ViT-B/16", "MiniLM-L6")
+WITHOUT_EVALUATION = ("FTP, mars", "FTP, l2", "DiGraP", "SPD", "L2-SP")
+COPIES = 5.5
+"""The floor of TPGM's own passes over the constrained weights, in copies (one read and one write) of them: read W and
+W0 and write D; read D and W0 and write W, before and after the evaluation; read G and D."""
+
+Times = dict[tuple[str, int], dict[str, float]]
+
+
+def read(path: Path) -> Times:
+    """Median seconds by model and batch size, and by what was timed; also the numbers of parameters and tensors."""
+    found: Times = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            times = found.setdefault((row["model"], int(row["batch"])), {})
+            times |= {row["what"]: float(row["seconds"])}
+            times |= {name: int(row[name]) for name in ("parameters", "tensors")}
+    return found
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """In Markdown, numbers to the right."""
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def step_table(times: Times) -> str:
+    """Each method's own time in a step over its floor."""
+    head = ["", "batch", "plain step, s", "TPGM, mars / floor", "TPGM, l2 / floor", "naive / TPGM, mars"]
+    head += [f"plain + {name}" for name in WITHOUT_EVALUATION]
+    rows = []
+    for (model, batch), t in times.items():
+        floor = t["evaluation"] + COPIES * t["copy"]
+        tpgm = [f"{t[name] / floor:.2f}" for name in ("TPGM, mars", "TPGM, l2")]
+        plain = [f"{1 + t[name] / t['plain step']:.2f}" for name in WITHOUT_EVALUATION]
+        rows.append([model, str(batch), f"{t['plain step']:.3g}", *tpgm, f"{t['naive'] / t['TPGM, mars']:.2f}", *plain])
+    return table(head, rows)
+
+
+def projection_table(times: Times) -> str:
+    """The projection alone, over copying the constrained bytes three times."""
+    rows = [
+        [model, *(f"{t[f'TPGM, {norm}: projection'] / (3 * t['copy']):.2f}" for norm in ("mars", "l2"))]
+        for (model, batch), t in times.items()
+        if batch == 1
+    ]
+    return table(["projection / three copies", "mars", "l2"], rows)
+
+
+def memory_table(path: Path, times: Times) -> str:
+    """Peak memory beyond a plain fit's, in units of the constrained bytes; the anchor is one."""
+    with path.open(newline="") as file:
+        peaks = {(row["model"], row["method"]): int(row["peak_bytes"]) for row in csv.DictReader(file)}
+    methods = [method for model, method in peaks if model == MAIN[0] and method != "plain"]
+    rows = []
+    for model in MAIN:
+        if (model, "plain") in peaks:
+            bytes_ = 4 * times[model, 1]["parameters"]
+            rows.append([model, *(f"{(peaks[model, m] - peaks[model, 'plain']) / bytes_:.2f}" for m in methods)])
+    return table(["peak memory beyond plain", *methods], rows)
+
+
+def figure(growth: Times, path: Path) -> None:
+    """Seconds over the number of parameters, a line for each number of tensors."""
+    figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    for tensors in sorted({int(t["tensors"]) for t in growth.values()}):
+        points = sorted((t["parameters"], t) for t in growth.values() if t["tensors"] == tensors)
+        sizes = [size for size, _ in points]
+        axes.loglog(sizes, [t["TPGM, mars: projection"] for _, t in points], marker="o", label=f"{tensors:,} tensors")
+        if tensors == 20:
+            axes.loglog(sizes, [3 * t["copy"] for _, t in points], "--", color="grey", label="three copies")
+    axes.set(xlabel="constrained parameters", ylabel="seconds of a projection (mars)")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def put(path: Path, name: str, text: str) -> None:
+    """Write a text between the marks of a Markdown file."""
+    begin, end = (f"<!-- {name}: {place} -->" for place in ("begin", "end"))
+    before, rest = path.read_text().split(begin)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def main() -> None:
+    """Write them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    results: Path = parser.parse_args().results
+    times, growth = read(results / "times.csv"), read(results / "growth.csv")
+    tables = [step_table(times), projection_table(times), memory_table(results / "memory.csv", times)]
+    figure(growth, results / "growth.png")
+    print(json.loads((results / "machine.json").read_text()), *tables, sep="\n\n")
+    if results == RESULTS:
+        put(README, "cost", step_table({key: t for key, t in times.items() if key[0] in MAIN}))
+        put(RESULTS.parent / "README.md", "tables", "\n\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Invariant 6, "Cheap", counted instead of timed: operations, the size of what they give, and memory that stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+import lightning_tpgm.layout
+from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, TPGMCallback
+from toys import quiet_trainer
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "tpgm": lambda: TPGMCallback(DataLoader(torch.ones(2, 1), 1), every_n_steps=10**6),
+    "ftp": FTPCallback,
+    "digrap": DiGraPCallback,
+    "spd": SPDCallback,
+    "l2sp": L2SPCallback,
+}
+
+
+class Operations(TorchDispatchMode):
+    """Counts what runs inside and notes the sizes of the new results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            in_place = function._schema.name.endswith("_")
+            self.sizes.append(0 if in_place or not isinstance(result, Tensor) else result.numel())
+        return result
+
+
+class Scales(pl.LightningModule):
+    """As many vectors as asked for."""
+
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList(torch.ones(size) for _ in range(count))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return torch.cat(list(self.scales)).square().sum() * batch.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def sizes_in_a_step(method: str, module: Scales, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all results in the callback's share of the third step; 0 for what is done in place."""
+    seen: list[list[int]] = []
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with Operations() as operations:
+                result = function(*args, **kwargs)
+            seen.append(operations.sizes)
+            return result
+
+        return run
+
+    callback = METHODS[method]()
+    for name in ("change_gradients", "before_optimizer_step", "after_optimizer_step"):
+        if hasattr(callback, name):
+            monkeypatch.setattr(callback, name, counted(getattr(callback, name)))
+    quiet_trainer(callback, max_steps=3, max_epochs=None).fit(module, DataLoader(torch.ones(3, 1), 1))
+    return [size for sizes in seen[2 * len(seen) // 3 :] for size in sizes]
+
+
+# what is copied tensor by tensor: DiGraP's weights before the step, which a scaler may yet skip
+COPIES = {"digrap": 1}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cheap_operations_do_not_grow_with_the_number_of_small_tensors(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, many = (len(sizes_in_a_step(method, Scales(count, 4), monkeypatch)) for count in (3, 60))
+    assert many <= few + 57 * 2 * COPIES.get(method, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cheap_no_intermediate_result_is_larger_than_a_block(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lightning_tpgm.layout, "SHARED", 10)
+    monkeypatch.setitem(lightning_tpgm.layout.BLOCK, "cpu", 100)
+    sizes = sizes_in_a_step(method, Scales(2, 1000), monkeypatch)
+    kept = {"spd": 2, "digrap": 2}  # the weights before the step
+    assert sum(size > 100 for size in sizes) == kept.get(method, 0)
+    assert 100 in sizes
