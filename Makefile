@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 VENV_PACKAGE ?= .venv-package
+VENV_COMPAT ?= .venv-compat
 PYTEST_ARGS ?=
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo benchmark benchmark-quick bench test lint tests package demo-quick oldest env clean distclean
+.PHONY: help demo benchmark benchmark-quick bench test lint tests package demo-quick oldest compat env clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST)
@@ -30,7 +31,7 @@ bench: $(VENV)/.installed-demo  ## what each method costs, against the floor: ab
 	$(VENV)/bin/python examples/overhead/overhead.py
 	$(VENV)/bin/python examples/overhead/report.py
 
-test: lint tests package demo-quick oldest  ## everything that CI runs
+test: lint tests package demo-quick oldest compat  ## everything that CI runs
 
 lint: $(VENV)/.installed-dev  ## style, format and types
 	$(VENV)/bin/ruff check .
@@ -55,6 +56,9 @@ demo-quick: $(VENV)/.installed-dev  ## the demo at its smallest: that it runs, n
 oldest: $(VENV_OLDEST)/.installed  ## the tests against the oldest supported lightning
 	$(VENV_OLDEST)/bin/pytest $(PYTEST_ARGS)
 
+compat: $(VENV_COMPAT)/.installed  ## modules of other projects, trained with the callback added
+	$(VENV_COMPAT)/bin/pytest compat
+
 env: $(VENV)/.installed-dev  ## the development environment only
 
 clean:  ## remove what builds, tests and the demo wrote
@@ -62,7 +66,7 @@ clean:  ## remove what builds, tests and the demo wrote
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 distclean: clean  ## remove the environments as well
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_PACKAGE)
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_PACKAGE) $(VENV_COMPAT)
 
 # An environment is made when it is absent, and installed again when a file that decides its content changed.
 # lightning_tpgm/__init__.py holds the version, which the installed metadata repeat.
@@ -85,6 +89,10 @@ $(VENV)/.installed-benchmark: pyproject.toml constraints.txt lightning_tpgm/__in
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt lightning_tpgm/__init__.py | $(VENV_OLDEST)/bin/python
 	$(VENV_OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[test]'
+	touch $@
+
+$(VENV_COMPAT)/.installed: pyproject.toml constraints-compat.txt lightning_tpgm/__init__.py | $(VENV_COMPAT)/bin/python
+	$(VENV_COMPAT)/bin/python -m pip install --quiet -c constraints-compat.txt -e '.[compat]'
 	touch $@
 
 # The dependencies without any extra; the wheel itself follows in `package`.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_tpgm.framework import MisconfigurationException, is_param_in_hook_signature, pl, same_package, to_device
 from lightning_tpgm.heldout import HeldOutBatch
-from lightning_tpgm.isolation import isolated_generators
+from lightning_tpgm.isolation import isolated_generators, without_subclass
 from lightning_tpgm.sharding import is_fsdp2
 
 Loss = Literal["validation_step"] | Callable[[pl.LightningModule, Any], Any] | None  # Any: need not be annotated
@@ -101,7 +101,7 @@ class HeldOutLoss:
                 f"The held-out loss of the {source} has no gradient: it is detached, computed under torch.no_grad(), or"
                 " depends on no trainable parameter. Mend that, or pass another `loss`."
             )
-        return loss.reshape(())
+        return without_subclass(loss).reshape(())
 
     def _training_step(self, pl_module: pl.LightningModule, drawn: HeldOutBatch) -> Any:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
@@ -35,11 +36,12 @@ class HeldOutBatch(NamedTuple):
 class HeldOutBatches:
     """Draws batches from one or several loaders in turn, pass after pass.
 
-    Iterators are made when the first batch is drawn and again whenever a pass ends, never by length. Every draw seeds
-    the global generators of torch, numpy and python with ``seed`` + number of draws: a shuffling loader or a random
-    transform then depends on nothing but ``seed``, and a resumed run draws what an uninterrupted one would have drawn.
-    Generators that a loader or its sampler brings along are seeded likewise, and put back after the draw. Call `draw`
-    where the states of the global ones are isolated.
+    Iterators are made when the first batch is drawn and again whenever a pass ends: with the iterator, or with the
+    loader's length if that is shorter, as in Lightning's own loops. Every draw seeds the global generators of torch,
+    numpy and python with ``seed`` + number of draws: a shuffling loader or a random transform then depends on nothing
+    but ``seed``, and a resumed run draws what an uninterrupted one would have drawn. Generators that a loader or its
+    sampler brings along are seeded likewise, and put back after the draw. Call `draw` where the states of the global
+    ones are isolated.
 
     Not covered are random transforms in workers that persist: their generators go on from pass to pass.
 
@@ -107,8 +109,16 @@ def _one_pass(loaders: list[Iterable[Any]], passes: int) -> Iterator[HeldOutBatc
         if _is_combined(loader):  # gives all three already
             yield from map(HeldOutBatch._make, loader)
         else:
-            for batch_idx, batch in enumerate(loader):
+            for batch_idx, batch in enumerate(islice(loader, _length(loader))):
                 yield HeldOutBatch(batch, batch_idx, dataloader_idx)
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """How many batches a loader says it has, if it does: as Lightning, never ask it for more."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
 
 
 Source = Iterable[Any] | Callable[[], Iterable[Any]] | str | None

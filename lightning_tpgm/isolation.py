@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torchmetrics import Metric
 
-from lightning_tpgm.framework import DummyLogger, classes, isolate_rng, pl, results_put_aside
+from lightning_tpgm.framework import DummyLogger, classes, is_overridden, isolate_rng, pl, results_put_aside
 
 
 @contextmanager
 def no_trace(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
     """Everything that running the module's step changes is put back on exit, also when it raises.
 
-    Inside, every module is in eval mode and metrics are empty. Put back are: the generators of torch, numpy and python;
-    the train / eval flag, buffers and attributes of every module (numbers, tensors, arrays, containers at any depth,
-    generators, and the attributes of objects that hang on a module), and with them the states of metrics;
-    nothing reaches `self.log` or the loggers. The module's parameters are the caller's business.
+    Inside, metrics are empty and every module is in eval mode, or in the mode that ``on_validation_model_eval`` of the
+    LightningModule gives it. Put back are: the generators of torch, numpy and python; the train / eval flag, buffers
+    and attributes of every module (numbers, tensors, arrays, containers at any depth, generators, and the attributes of
+    objects that hang on a module), and with them the states of metrics; nothing reaches `self.log` or the loggers. The
+    module's parameters are the caller's business.
 
     Not put back: what the step does to the outside world (files, printed text, its own threads) and tensors inside
     containers that are changed in place.
@@ -39,7 +40,21 @@ def no_trace(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Non
             module.training = False  # not eval(): adapters that merge themselves there would change frozen weights
             if isinstance(module, Metric):
                 module.reset()
+        if is_overridden("on_validation_model_eval", pl_module):  # it knows what stays in train mode
+            wrapper = trainer.model  # Lightning's own version of the hook switches this one
+            if wrapper is not None:
+                stack.callback(setattr, wrapper, "training", wrapper.training)
+            pl_module.on_validation_model_eval()
         yield
+
+
+def without_subclass(tensor: Tensor) -> Tensor:
+    """The same elements as an ordinary tensor, for libraries whose tensors have methods or metadata of their own.
+
+    Tensors that are made of others (DTensor) stay what they are: they have no elements of their own.
+    """
+    ordinary = type(tensor) is Tensor or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return tensor if ordinary else tensor.as_subclass(Tensor)
 
 
 @contextmanager
@@ -181,7 +196,7 @@ class _Memory:
 
     def _keep_array(self, value: Any) -> None:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
-            value = _own_elements(value)
+            value = _own_elements(without_subclass(value))
             copy = value.detach().clone()
             # a graph of the training step that is still in use finds the version that it saw
             version = _unsafe_preserve_version_counter(value)

@@ -54,6 +54,10 @@ def evaluate(
     return evaluation.loss, evaluation.grads
 
 
+class Labelled(Tensor):
+    """A tensor of a library's own."""
+
+
 class Returns(Classifier):
     """Returns something else on held-out data, which are recognised by eval mode."""
 
@@ -75,8 +79,13 @@ class Returns(Classifier):
 @pytest.mark.parametrize("step", [None, "validation_step", "callable"])
 @pytest.mark.parametrize(
     "held_out",
-    [lambda loss: loss, lambda loss: loss.reshape(1, 1), lambda loss: {"loss": loss, "logits": None}],
-    ids=["scalar", "one entry", "dict"],
+    [
+        lambda loss: loss,
+        lambda loss: loss.reshape(1, 1),
+        lambda loss: {"loss": loss, "logits": None},
+        lambda loss: loss.as_subclass(Labelled),
+    ],
+    ids=["scalar", "one entry", "dict", "subclass"],
 )
 def test_loss_and_gradient_are_those_of_the_module(step: str | None, held_out: Any, tmp_path: Path) -> None:
     module = Returns(held_out)

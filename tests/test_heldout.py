@@ -6,7 +6,7 @@ import gc
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from multiprocessing import active_children
 from pathlib import Path
@@ -100,6 +100,31 @@ def test_loader_without_length_cycles(loader: Any) -> None:
     assert len(starts) >= 3
     for begin, end in itertools.pairwise(starts):
         assert indices[begin:end] == list(range(end - begin))
+
+
+class LongerThanItSays:
+    """Goes on past its length: without end, or as `zip(..., strict=True)` does, with an error."""
+
+    def __init__(self, beyond: Callable[[], Iterable[Tensor]]) -> None:
+        self.beyond = beyond
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from numbers(2)
+        yield from self.beyond()
+
+
+def fails() -> Any:
+    raise ValueError
+
+
+@pytest.mark.parametrize("beyond", [fails, lambda: itertools.repeat(torch.tensor(9.0))], ids=["error", "endless"])
+def test_loader_is_not_asked_for_more_than_its_length(beyond: Any) -> None:
+    """Lightning's loops do not, so there are such loaders."""
+    found = drawn(HeldOutBatches([LongerThanItSays(beyond), numbers(1, start=7)], seed=0), 5)
+    assert found == [(0, 0, 0), (1, 1, 0), (7, 0, 1), (0, 0, 0), (1, 1, 0)]
 
 
 def test_combined_loader_gives_its_batches() -> None:

@@ -411,6 +411,47 @@ def expect(condition: bool) -> None:
     assert condition
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_module_says_itself_what_stays_in_train_mode(wrapped: bool, tmp_path: Path) -> None:
+    """A scaler of targets, for instance, whose eval mode is meant for predictions."""
+
+    class Particular(Bare):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scaler, self.dropout, self.frozen = nn.Dropout(), nn.Dropout(), nn.Dropout().eval()
+
+        def on_validation_model_eval(self) -> None:
+            super().on_validation_model_eval()
+            self.scaler.train()
+
+    module, trainer = Particular(), quiet_trainer(tmp_path)
+    trainer.strategy.model = whole = nn.Sequential(module) if wrapped else module  # wrapped as DDP does it
+    module.trainer = trainer
+    with no_trace(trainer, module):
+        assert [part for part in whole.modules() if part.training] == [module.scaler]
+    assert [part for part in whole.modules() if not part.training] == [module.frozen]
+
+
+class Labelled(Tensor):
+    """A tensor of a library's own, with a method that needs what `detach` does not keep."""
+
+    def clone(self, *_: Any, **__: Any) -> Any:
+        raise AttributeError
+
+
+def test_tensor_of_a_librarys_own_is_put_back(tmp_path: Path) -> None:
+    module = Bare()
+    module.residual = residual = torch.ones(2).as_subclass(Labelled)
+
+    def change() -> None:
+        module.residual += 1
+        module.residual = torch.zeros(2)
+
+    inside_no_trace(module, change, tmp_path)
+    assert module.residual is residual
+    assert residual.tolist() == [1, 1]
+
+
 def test_generators_are_put_back_after_an_exception(tmp_path: Path) -> None:
     def change() -> None:
         torch.rand(3)

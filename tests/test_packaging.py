@@ -53,15 +53,22 @@ def test_version_is_stated_once() -> None:
         assert not re.search(r"(?m)^version\s*[:=]\s*[\"']?\d", (ROOT / file).read_text()), file
 
 
-@pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt"])
-def test_constraints_pin_all_that_tests_install(file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "extras"),
+    [
+        ("constraints.txt", {"benchmark", "cli", "dev", "examples", "plots", "safetensors", "test"}),
+        ("constraints-oldest.txt", {"cli", "examples", "plots", "safetensors", "test"}),
+        ("constraints-compat.txt", {"compat"}),
+    ],
+)
+def test_constraints_pin_all_that_tests_install(file: str, extras: set[str]) -> None:
     pinned = pins(ROOT / file)
     not_exact = [str(pin) for pin in pinned.values() if not re.fullmatch(r"==[^,*]+", str(pin.specifier))]
     assert not_exact == []
-    not_for_tests = ("benchmark", "dev") if file == "constraints-oldest.txt" else ()
     for requirement in declared():
         name = canonicalize_name(requirement.name)
-        if not any(f'extra == "{extra}"' in str(requirement.marker) for extra in not_for_tests):
+        extra = re.search(r'extra == "(\w+)"', str(requirement.marker))
+        if extra is None or extra[1] in extras:
             assert name in pinned, f"{file} does not pin {name}"
             assert requirement.specifier.contains(pinned_version(pinned[name])), f"{file}: {requirement}"
 

@@ -1,0 +1,202 @@
+"""Other projects' modules, trained with `TPGMCallback()` added and nothing else changed.
+
+Each project is fitted three times from the same seed: with the callback; as it is; and with a callback that evaluates
+the held-out loss after every step but constrains only a parameter that nothing uses. The last two must not differ.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from math import isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import projects
+from lightning_tpgm import TPGMCallback
+from lightning_tpgm.framework import Callback
+from properties import assert_distances, assert_inside_ball, assert_same
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of other projects; ours are looked for
+
+
+class Case(NamedTuple):
+    """A project to fit, and what is known of it.
+
+    Args:
+        fit: Fits it with these callbacks in a folder and returns the Trainer.
+        val_loss: The name under which it logs the validation loss, if it does.
+        zeros: Pattern over the names of parameters that start at zero.
+    """
+
+    fit: Callable[[list[Any], Path], Any]
+    val_loss: str | None = "val_loss"
+    zeros: str | None = None
+
+
+CASES = [
+    Case(projects.demo_boring, val_loss=None),
+    Case(projects.demo_lstm, val_loss=None),
+    Case(projects.demo_transformer),
+    Case(projects.chemprop_mpnn),
+    Case(projects.forecasting_tft),
+    Case(projects.gluonts_deepar),
+    Case(projects.tabular_category_embedding, val_loss="valid_loss"),
+    Case(projects.pina_pinn),
+    Case(projects.geometric_gin),
+    Case(projects.monai_unet),
+    Case(projects.text_classifier),
+    Case(projects.text_lora, zeros="*.lora_B.*"),
+]
+
+
+class Bystander(Callback):
+    """Gives the module a parameter that nothing uses, the only one whose name begins with a U."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        pl_module.Unused = nn.Parameter(torch.ones(3))
+
+
+ALL_BUT_THE_BYSTANDER = ["[!U]*"]
+
+
+class Watch(Callback):
+    """Listed last: looks at weights, radii and metrics after every batch, and at everything at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.checkpoint = folder / "middle.ckpt"
+        self.radii: list[dict[str, float]] = []
+        self.held_out: list[float] = []
+        self.metrics: list[dict[str, Tensor]] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        trainable = ((name, value) for name, value in pl_module.named_parameters() if value.requires_grad)
+        self.start = {name: value.detach().clone() for name, value in trainable}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self._note_metrics(trainer)
+        for tpgm in (callback for callback in trainer.callbacks if isinstance(callback, TPGMCallback)):
+            assert_inside_ball(pl_module, tpgm.anchor, tpgm.radii, "mars")
+            assert_distances(pl_module, tpgm.anchor, tpgm.distances, "mars")
+            self.radii.append(tpgm.radii)
+            self.held_out.append(trainer.callback_metrics["tpgm/heldout_loss"].item())
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(self.checkpoint)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._note_metrics(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._note_metrics(trainer)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self._note_metrics(trainer)
+        self.end = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+        self.optimizers = copy.deepcopy([optimizer.state_dict() for optimizer in trainer.optimizers])
+        self.generators = [torch.get_rng_state(), np.random.get_state(), random.getstate()]
+
+    def _note_metrics(self, trainer: Any) -> None:
+        """Keep all that the project has logged so far."""
+        logged: Mapping[str, Tensor] = trainer.callback_metrics
+        self.metrics.append({name: value.clone() for name, value in logged.items() if not name.startswith("tpgm/")})
+
+
+class Run(NamedTuple):
+    """What one fit leaves behind."""
+
+    watch: Watch
+    tpgm: TPGMCallback | None
+    warnings: list[str]
+
+
+def run(case: Case, folder: Path, *callbacks: Any) -> Run:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    watch = Watch(folder)
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("always")
+        patch.chdir(folder)  # some projects write where they are
+        case.fit([*callbacks, watch], folder)
+    tpgm = next((callback for callback in callbacks if isinstance(callback, TPGMCallback)), None)
+    return Run(watch, tpgm, [str(warning.message) for warning in caught])
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.fit.__name__)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def constrained(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The project with `TPGMCallback()`; fails where a weight leaves its ball in any step."""
+    return run(case, tmp_path_factory.mktemp("constrained"), TPGMCallback())
+
+
+@pytest.fixture(scope="module")
+def plain(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The project as it is, but for the parameter that nothing uses."""
+    return run(case, tmp_path_factory.mktemp("plain"), Bystander())
+
+
+@pytest.fixture(scope="module")
+def evaluated(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same with the held-out loss evaluated after every step, and only that parameter constrained."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    return run(case, folder, Bystander(), TPGMCallback(exclude=ALL_BUT_THE_BYSTANDER))
+
+
+def test_it_trains_inside_the_balls_with_a_falling_held_out_loss(constrained: Run) -> None:
+    losses, start, end = constrained.watch.held_out, constrained.watch.start, constrained.watch.end
+    assert len(losses) >= 9
+    assert all(map(isfinite, losses))
+    assert min(losses[1:]) < losses[0]
+    assert set(constrained.tpgm.radii) == set(start)
+    assert sum(not torch.equal(value, end[name]) for name, value in start.items()) > len(start) / 2
+    assert not [message for message in constrained.warnings if "TPGM" in message or "held-out" in message]
+
+
+def test_anchors_are_the_weights_at_the_start(case: Case, constrained: Run) -> None:
+    assert_same(constrained.tpgm.anchor, constrained.watch.start)
+    if case.zeros is not None:
+        zeros = [value for name, value in constrained.tpgm.anchor.items() if fnmatchcase(name, case.zeros)]
+        assert len(zeros) > 0
+        assert not any(value.any() for value in zeros)
+
+
+def test_radii_move(constrained: Run) -> None:
+    first, last = constrained.watch.radii[0], constrained.watch.radii[-1]
+    assert all(map(isfinite, last.values()))
+    assert sum(last[name] != first[name] for name in last) > 0.75 * len(last)
+
+
+def test_constraint_holds_in_a_checkpoint(constrained: Run) -> None:
+    content = torch.load(constrained.watch.checkpoint, weights_only=False)
+    (state,) = (state for key, state in content["callbacks"].items() if key.startswith("TPGMCallback"))
+    learned = state["method"]["radii"]
+    radii = dict(zip(learned["names"], learned["value"].tolist(), strict=True))
+    assert_same(radii, constrained.watch.radii[2])
+    assert_inside_ball(content["state_dict"], state["anchor"], radii, "mars")
+
+
+def test_evaluation_leaves_no_trace(plain: Run, evaluated: Run) -> None:
+    assert list(evaluated.tpgm.radii) == ["Unused"]
+    assert len(evaluated.watch.held_out) >= 9
+    for what in ("metrics", "end", "optimizers", "generators"):
+        assert_same(getattr(evaluated.watch, what), getattr(plain.watch, what), what)
+
+
+def test_held_out_loss_is_the_validation_loss(case: Case, evaluated: Run) -> None:
+    """The held-out data are the validation data, in one batch; after the last step both see the same weights."""
+    if case.val_loss is None:
+        pytest.skip("this project logs no validation loss")
+    logged = evaluated.watch.metrics[-1][case.val_loss].item()
+    assert evaluated.watch.held_out[-1] == pytest.approx(logged, rel=1e-5)
