@@ -61,6 +61,9 @@ def unfreezes(trainer: pl.Trainer) -> bool:
     return any(isinstance(callback, unfreezing) for callback in callbacks_of(trainer))
 
 
+_AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}  # by name: older releases of Lightning lack the second
+
+
 def _nothing() -> None:
     pass
 
@@ -99,7 +102,8 @@ class AnchoredCallback(Callback):
         # a weak reference to the module of the last fit
         self._fitted: Callable[[], pl.LightningModule | None] = _nothing
         self._begun = False  # a fit has: there is something to save
-        self._saw_batch = self._saw_step = False  # in this epoch
+        self._saw_batch = False  # in this epoch
+        self._saw_step = False  # in this fit: a later epoch may have none, to update BatchNorm for instance
         self._depth = 0  # of optimizer steps within each other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,11 +177,11 @@ class AnchoredCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warns if no optimizer has stepped: then nothing is constrained."""
-        missed, self._saw_batch, self._saw_step = self._saw_batch and not self._saw_step, False, False
+        """Warns if no optimizer has stepped yet: then nothing is constrained."""
+        missed, self._saw_batch = self._saw_batch and not self._saw_step, False
         if missed:
             rank_zero_warn(
-                f"{type(self).__name__} saw no step of the module's optimizers in this epoch: nothing was constrained."
+                f"{type(self).__name__} saw no step of the module's optimizers: nothing was constrained."
                 " It acts after each `step` of the optimizers that configure_optimizers returns: train with those."
             )
 
@@ -288,6 +292,17 @@ class AnchoredCallback(Callback):
                 f" {len(self._waiting)} remain after `exclude` = {list(self.exclude)}, and none of them is trainable."
                 " Exclude less, or unfreeze some (a `BaseFinetuning` callback may do so later)."
             )
+
+    def _check_has_the_last_word(self, trainer: pl.Trainer) -> None:
+        """Warn of callbacks that will overwrite what this one does at the end of the fit."""
+        callbacks = callbacks_of(trainer)
+        for other in callbacks[callbacks.index(self) + 1 :]:
+            if _AVERAGING & {base.__name__ for base in type(other).__mro__}:
+                name, other_name = type(self).__name__, type(other).__name__
+                rank_zero_warn(
+                    f"At the end of the fit {other_name} writes its average into the module after {name} has acted,"
+                    f" of which nothing will remain. List {other_name} before {name}."
+                )
 
     def _join(self) -> None:
         """Constrain the waiting parameters that are trainable now."""
