@@ -418,7 +418,7 @@ def find_batch_size(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def find_lr(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    Tuner(trainer).lr_find(module, num_training=4, update_attr=True)
+    Tuner(trainer).lr_find(module, num_training=16, early_stop_threshold=None)
 
 
 @pytest.mark.parametrize("way", ["BatchSizeFinder", find_batch_size, find_lr])
