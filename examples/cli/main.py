@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "digits"))
 
-from data import CHECKPOINT, Digits  # noqa: E402
+from data import Digits  # noqa: E402
 from model import DigitClassifier  # noqa: E402
 
 

@@ -20,6 +20,7 @@ from lightning_tpgm.framework import (
     MisconfigurationException,
     callbacks_of,
     classes,
+    join_later_imports,
     pl,
     rank_zero_info,
     rank_zero_warn,
@@ -84,6 +85,7 @@ class AnchoredCallback(Callback):
     _SHOWN: tuple[str, ...] = ("exclude",)  # the arguments in `repr`
 
     def __init__(self, exclude: Sequence[str] = (), pretrained: Pretrained | None = None) -> None:
+        join_later_imports()
         patterns: object = exclude
         usable = isinstance(patterns, Sequence) and not isinstance(patterns, str)
         check(usable and all(isinstance(p, str) for p in exclude), "exclude", "a sequence of patterns", exclude)
