@@ -24,6 +24,7 @@ from lightning_tpgm.framework import (
     pl,
     rank_zero_info,
     rank_zero_warn,
+    starts_functions,
 )
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.projection import row_dot
@@ -157,6 +158,12 @@ class AnchoredCallback(Callback):
             raise MisconfigurationException(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which hides the parameters"
                 " in flat buffers. Use DDPStrategy, or ModelParallelStrategy (FSDP2, tensor parallel)."
+            )
+        if starts_functions(trainer):
+            rank_zero_warn(
+                f"Of this fit, what {type(self).__name__} learns stays in the processes that ddp_spawn (or"
+                " ddp_notebook) starts, and in the checkpoints that they write. The weights come back; the callback's"
+                " attributes and a later trainer.save_checkpoint know nothing of the fit. With strategy='ddp' they do."
             )
         if self.pretrained is not None:
             with configuration_errors():
