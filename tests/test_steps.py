@@ -285,6 +285,9 @@ class GAN(Classifier):
         super().__init__()
         self.automatic_optimization = False
         self.early = early
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.backbone.append(nn.Linear(8, 8))  # behind another layer: its backward pass reads the weight
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         generator, discriminator = self.optimizers()

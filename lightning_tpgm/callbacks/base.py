@@ -105,8 +105,7 @@ class AnchoredCallback(Callback):
         # a weak reference to the module of the last fit
         self._fitted: Callable[[], pl.LightningModule | None] = _nothing
         self._begun = False  # a fit has: there is something to save
-        self._saw_batch = False  # in this epoch
-        self._saw_step = False  # in this fit: a later epoch may have none, to update BatchNorm for instance
+        self._saw_batch = self._saw_step = False  # in this epoch
         self._depth = 0  # of optimizer steps within each other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,11 +185,11 @@ class AnchoredCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warns if no optimizer has stepped yet: then nothing is constrained."""
-        missed, self._saw_batch = self._saw_batch and not self._saw_step, False
+        """Warns if no optimizer has stepped: then nothing is constrained."""
+        missed, self._saw_batch, self._saw_step = self._saw_batch and not self._saw_step, False, False
         if missed:
             rank_zero_warn(
-                f"{type(self).__name__} saw no step of the module's optimizers: nothing was constrained."
+                f"{type(self).__name__} saw no step of the module's optimizers in this epoch: nothing was constrained."
                 " It acts after each `step` of the optimizers that configure_optimizers returns: train with those."
             )
 
