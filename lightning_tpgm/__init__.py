@@ -42,4 +42,6 @@ def __getattr__(name: str) -> Any:
     """Import a name when it is first asked for: the tensor functions alone need no lightning."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"lightning_tpgm.{_HOMES[name]}"), name)
+    found = getattr(import_module(f"lightning_tpgm.{_HOMES[name]}"), name)
+    import_module("lightning_tpgm.framework").join_later_imports()  # a LightningCLI is about to look at its bases
+    return found

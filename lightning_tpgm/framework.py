@@ -2,8 +2,9 @@
 
 `lightning.pytorch` and `pytorch_lightning` are the same code twice, with classes that do not know each other. A
 project uses one of them, and this package goes along with the one that is imported when it is first imported itself;
-if none is, its classes derive from those of all that are installed. Everything that it takes from Lightning comes
-through here, so this is also the one place to look at when Lightning changes.
+if none is, its classes derive from those of all that are installed. The other may be imported later, where a project
+uses one and a dependency of it the other: then its classes are joined as well. Everything that this package takes from
+Lightning comes through here, so this is also the one place to look at when Lightning changes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ __all__ = [
     "is_overridden",
     "is_param_in_hook_signature",
     "isolate_rng",
+    "join_later_imports",
     "pl",
     "rank_zero_info",
     "rank_zero_warn",
@@ -92,10 +94,25 @@ if not IN_USE:
     raise ImportError("lightning_tpgm needs Lightning: pip install lightning, or pip install pytorch-lightning.")
 
 
+_JOINT: dict[str, type] = {}
+
+
 def _joint(name: str) -> type:
-    """A class that is a subclass of that of every package in use; the class itself if there is one package."""
+    """A class that is a subclass of that of every package in use."""
     bases = tuple(_find(package, name) for package in IN_USE)
-    return bases[0] if len(bases) == 1 else type(name.partition(":")[2], bases, {"__module__": __name__})
+    _JOINT[name] = type(name.partition(":")[2], bases, {"__module__": __name__})
+    return _JOINT[name]
+
+
+def join_later_imports() -> None:
+    """Let the joint classes derive from those of a package, too, that was imported since.
+
+    Else a Trainer of that package would not know a bare callback of ours for one, nor would its LightningCLI.
+    """
+    for name, joint in _JOINT.items():
+        for found in classes(name):
+            if found not in joint.__mro__:
+                joint.__bases__ = (*joint.__bases__, found)
 
 
 if not TYPE_CHECKING:

@@ -116,7 +116,7 @@ def test_two_radii_for_a_backbone_that_thaws_later_are_refused(announced: bool) 
 
     thaw = BackboneFinetuning(1, train_bn=False) if announced else Thaw()
     both = [TPGMCallback(exclude=HEAD), FTPCallback(exclude=REST[1:])]
-    with pytest.raises(MisconfigurationException, match="both learn a radius for 4 parameters, 'backbone.0.bias'"):
+    with pytest.raises(MisconfigurationException, match=r"both learn a radius for 4 parameters, 'backbone\.0\.bias'"):
         trained(thaw, *both, Steps())
     assert len(seen) == (0 if announced else 6)
 

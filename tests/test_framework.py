@@ -63,7 +63,13 @@ OURS = "from lightning_tpgm import TPGMCallback"
 
 
 def run(
-    package: str, *, other: str = "-", first: bool = False, cli: bool = False, callbacks: str = "TPGMCallback()"
+    package: str,
+    *,
+    other: str = "-",
+    first: bool = False,
+    dependency: str = "",
+    cli: bool = False,
+    callbacks: str = "TPGMCallback()",
 ) -> None:
     theirs = (
         f"from {package} import Callback, LightningModule, Trainer\n"
@@ -72,7 +78,7 @@ def run(
     )
     project = PROJECT.format(
         # an entry that is None makes the import of that package fail, as if it were not installed
-        before="" if other == "-" else f"sys.modules[{other!r}] = None",
+        before=f"import {dependency}" if dependency else "" if other == "-" else f"sys.modules[{other!r}] = None",
         imports=f"{OURS}\n{theirs}" if first else f"{theirs}\n{OURS}",
         cli=cli,
         callbacks=callbacks,
@@ -102,3 +108,12 @@ def test_either_package_works_when_imported_after_this_one(package: str) -> None
 @pytest.mark.parametrize("package", framework.PACKAGES)
 def test_either_package_works_from_its_cli(package: str) -> None:
     run(package, cli=True)
+
+
+@pytest.mark.parametrize("cli", [True, False], ids=["CLI", "bare"])
+@pytest.mark.parametrize(
+    ("dependency", "package"), [("lightning.pytorch", "pytorch_lightning"), ("pytorch_lightning", "lightning.pytorch")]
+)
+def test_project_and_its_dependency_use_one_each(dependency: str, package: str, cli: bool) -> None:
+    """This package finds the dependency's when it is imported, and goes along with the project's later."""
+    run(package, dependency=dependency, first=True, cli=cli)

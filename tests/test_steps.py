@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_tpgm import TPGMCallback
+from lightning_tpgm import FTPCallback, SPDCallback, TPGMCallback
 from zoo import (
     CLASSES,
     AfterEachStep,
@@ -182,6 +183,36 @@ def test_step_that_a_gradient_scaler_skips(tmp_path: Path) -> None:
     assert_projected_after_every_step(watch, callback)
 
 
+def test_fused_step_that_a_gradient_scaler_skips(tmp_path: Path) -> None:
+    """Torch calls its hooks all the same: weights, radii and Adam state stay; it counts for `every_n_steps`."""
+    states: list[dict[str, Any]] = []
+    weights: list[dict[str, Tensor]] = []
+
+    class Module(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.loss(batch) * (float("inf") if batch_idx in (0, 2) else 1.0)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            states.append(self.trainer.callbacks[1].state_dict()["method"])
+            weights.append(weights_of(self))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=0.1, fused=True)
+
+    start = weights_of(Module())
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    callback, watch = watched_fit(tmp_path, Module(), tpgm={"radius_lr": 1e-6}, plugins=[plugin])
+    assert watch.evaluations == [1] * 4
+    assert_identical(weights[0], start)
+    assert states[0]["radii"]["value"].isnan().all()  # the radii begin with the first step that is made
+    for radius, (name, weight) in zip(states[1]["radii"]["value"], watch.steps[1]["stepped"].items(), strict=True):
+        assert radius == pytest.approx(float(row_distances(weight, start[name], "mars").min()) / 2, abs=3e-6)
+    torch.testing.assert_close(weights[2], weights[1])
+    assert_identical(states[2]["radii"], states[1]["radii"])
+    assert [state["steps"] for state in states] == [{0: count} for count in (1, 2, 3, 4)]
+    assert callback.state_dict()["method"]["radii"]["step"].tolist() == [2] * 4
+
+
 # --- manual optimization ---
 
 
@@ -224,6 +255,72 @@ def test_two_optimizers_in_manual_optimization(toggle: bool, raw: bool, tmp_path
     assert_projected_after_every_step(watch, callback)
     assert callback.state_dict()["method"]["radii"]["step"].tolist() == [4] * 4
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_radii_start_with_the_first_step_of_their_optimizer(tmp_path: Path) -> None:
+    """At half of the smallest distance of that step."""
+    callback, watch = watched_fit(tmp_path, Manual(), tpgm={"radius_lr": 1e-6}, limit_train_batches=1)
+    for name, radius in callback.radii.items():
+        weight = watch.steps["head" in name]["stepped"][name]
+        smallest = row_distances(weight, callback.anchor[name], "mars").min().item()
+        assert radius == pytest.approx(smallest / 2, abs=3e-6)
+
+
+def test_every_n_steps_of_each_optimizer(tmp_path: Path) -> None:
+    """Two that take turns do not take each other's turn."""
+    callback, watch = watched_fit(tmp_path, Manual(), tpgm={"every_n_steps": 2})
+    assert watch.evaluations == [1, 1, 0, 0] * 2
+    assert callback.state_dict()["method"]["radii"]["step"].tolist() == [2] * 4
+    assert_projected_after_every_step(watch, callback)
+
+
+class GAN(Classifier):
+    """A generator (the backbone) and a discriminator (the head) that step in turn.
+
+    Args:
+        early: Whether the generator's loss is computed before the discriminator steps, which torch forbids.
+    """
+
+    def __init__(self, early: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.early = early
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.backbone.append(nn.Linear(8, 8))  # behind another layer: its backward pass reads the weight
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        generator, discriminator = self.optimizers()
+        fake = self.backbone(batch[0])
+        adversarial = -self.head(fake).mean() if self.early else None
+        discriminator.zero_grad()
+        self.manual_backward(self.head(fake.detach()).square().mean() - self.head(-fake.detach()).mean())
+        before = weights_of(self.backbone)
+        discriminator.step()
+        assert_identical(weights_of(self.backbone), before)
+        generator.zero_grad()
+        self.manual_backward(-self.head(fake).mean() if adversarial is None else adversarial)
+        generator.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(part.parameters(), lr=0.05) for part in (self.backbone, self.head)]
+
+
+@pytest.mark.parametrize("make", [partial(TPGMCallback, loss=classifier_loss), FTPCallback, SPDCallback])
+def test_graph_that_outlives_a_step_of_another_optimizer(make: Any, tmp_path: Path) -> None:
+    """A step leaves other optimizers' weights alone: a graph through them stays valid and its gradient exact."""
+    callback, module = make(), GAN()
+    start = weights_of(module)
+    quiet_trainer(tmp_path, callbacks=[callback]).fit(module, Blobs())
+    assert all(not torch.equal(weight, start[name]) for name, weight in weights_of(module).items())
+    if hasattr(callback, "radii"):
+        assert_inside_balls(module, start, callback.radii)
+
+
+@pytest.mark.parametrize("callbacks", [[], [TPGMCallback(loss=classifier_loss)]])
+def test_graph_through_stepped_weights_is_refused_by_torch_itself(callbacks: Any, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        quiet_trainer(tmp_path, callbacks=callbacks).fit(GAN(early=True), Blobs())
 
 
 def test_manual_optimization_equals_automatic(tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ from lightning_tpgm.framework import (
     MisconfigurationException,
     callbacks_of,
     classes,
+    join_later_imports,
     pl,
     rank_zero_info,
     rank_zero_warn,
+    starts_functions,
 )
 from lightning_tpgm.layout import Layout, Matrices
 from lightning_tpgm.norms import Norm
@@ -61,6 +63,9 @@ def unfreezes(trainer: pl.Trainer) -> bool:
     return any(isinstance(callback, unfreezing) for callback in callbacks_of(trainer))
 
 
+_AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}  # by name: older releases of Lightning lack the second
+
+
 def _nothing() -> None:
     pass
 
@@ -81,6 +86,7 @@ class AnchoredCallback(Callback):
     _SHOWN: tuple[str, ...] = ("exclude",)  # the arguments in `repr`
 
     def __init__(self, exclude: Sequence[str] = (), pretrained: Pretrained | None = None) -> None:
+        join_later_imports()
         patterns: object = exclude
         usable = isinstance(patterns, Sequence) and not isinstance(patterns, str)
         check(usable and all(isinstance(p, str) for p in exclude), "exclude", "a sequence of patterns", exclude)
@@ -153,6 +159,12 @@ class AnchoredCallback(Callback):
             raise MisconfigurationException(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which hides the parameters"
                 " in flat buffers. Use DDPStrategy, or ModelParallelStrategy (FSDP2, tensor parallel)."
+            )
+        if starts_functions(trainer):
+            rank_zero_warn(
+                f"Of this fit, what {type(self).__name__} learns stays in the processes that ddp_spawn (or"
+                " ddp_notebook) starts, and in the checkpoints that they write. The weights come back; the callback's"
+                " attributes and a later trainer.save_checkpoint know nothing of the fit. With strategy='ddp' they do."
             )
         if self.pretrained is not None:
             with configuration_errors():
@@ -291,6 +303,17 @@ class AnchoredCallback(Callback):
                 f" {len(self._waiting)} remain after `exclude` = {list(self.exclude)}, and none of them is trainable."
                 " Exclude less, or unfreeze some (a `BaseFinetuning` callback may do so later)."
             )
+
+    def _check_has_the_last_word(self, trainer: pl.Trainer) -> None:
+        """Warn of callbacks that will overwrite what this one does at the end of the fit."""
+        callbacks = callbacks_of(trainer)
+        for other in callbacks[callbacks.index(self) + 1 :]:
+            if _AVERAGING & {base.__name__ for base in type(other).__mro__}:
+                name, other_name = type(self).__name__, type(other).__name__
+                rank_zero_warn(
+                    f"At the end of the fit {other_name} writes its average into the module after {name} has acted,"
+                    f" of which nothing will remain. List {other_name} before {name}."
+                )
 
     def _join(self) -> None:
         """Constrain the waiting parameters that are trainable now."""

@@ -149,6 +149,13 @@ class TPGMCallback(RadiusCallback):
             )
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Also warns of callbacks that would undo what is done at the end of the fit."""
+        super().on_train_start(trainer, pl_module)
+        if not self.acts_after_steps():
+            self._check_has_the_last_word(trainer)
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -55,6 +55,13 @@ class WiSEFTCallback(AnchoredCallback):
         self.alpha = alpha
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Also warns of callbacks that would undo the interpolation."""
+        super().on_train_start(trainer, pl_module)
+        if self.alpha is not None:
+            self._check_has_the_last_word(trainer)
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Interpolates."""
         super().on_train_end(trainer, pl_module)
