@@ -6,7 +6,6 @@ more than twice the standard error becomes an option.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from unittest import mock
 
@@ -18,8 +17,8 @@ from typing_extensions import override
 
 import lightning_tpgm.callbacks.tpgm
 from lightning_tpgm import TPGMCallback
-from lightning_tpgm.norms import Norm, deviation
-from lightning_tpgm.projection import EPS, row_dot
+from lightning_tpgm.layout import Matrices
+from lightning_tpgm.projection import EPS
 from lightning_tpgm.radii import Radii
 from methods import Method, over
 
@@ -35,22 +34,33 @@ class LogRadii(Radii):
         self.value = radius * torch.exp(self.value - radius)
 
 
+class FreeLogRadii(LogRadii):
+    """The same without Adam's epsilon to speak of, which holds back what starts at the floor: its gradient is tiny."""
+
+    EPS = 1e-18
+
+
 class LogTPGM(TPGMCallback):
     """Learns log(gamma)."""
+
+    _radii_class: type[Radii] = LogRadii
 
     @override
     def reset_method(self) -> None:
         """Uses such radii."""
         super().reset_method()
-        self._radii = LogRadii(self.radius_lr)
+        self._radii = self._radii_class(self.radius_lr)
 
 
-def left_derivative(
-    grad: Tensor, weight: Tensor, anchor: Tensor, distance: Tensor, radius: Tensor, norm: Norm
-) -> Tensor:
-    """The radius gradient with the rows at the boundary counted: a radius at its bound can shrink."""
-    slope = row_dot(grad, deviation(weight, anchor), norm) / (distance + EPS)
-    return torch.where(radius <= distance, slope, 0).sum()
+class FreeLogTPGM(LogTPGM):
+    """Learns log(gamma), also from the floor."""
+
+    _radii_class = FreeLogRadii
+
+
+def left_derivative(dot: Tensor, distance: Tensor, radius: Tensor) -> Tensor:
+    """The radius gradient of each row with the rows at the boundary counted: a radius at its bound can shrink."""
+    return torch.where(radius <= distance, dot / (distance + EPS), 0)
 
 
 class BoundaryTPGM(TPGMCallback):
@@ -59,7 +69,7 @@ class BoundaryTPGM(TPGMCallback):
     @override
     def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Does so by that gradient."""
-        with mock.patch.object(lightning_tpgm.callbacks.tpgm, "radius_gradient", left_derivative):
+        with mock.patch.object(lightning_tpgm.callbacks.tpgm, "radius_slope", left_derivative):
             super().after_optimizer_step(trainer, pl_module, optimizer)
 
 
@@ -67,7 +77,7 @@ class WideTPGM(TPGMCallback):
     """Starts every radius at the largest distance of the first step, not at half of the smallest."""
 
     @override
-    def _measure(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def _measure(self, weights: Matrices) -> tuple[Tensor, Tensor]:
         """Starts the radii, too."""
         distances, largest = super()._measure(weights)
         self._radii.start(largest)
@@ -77,6 +87,7 @@ class WideTPGM(TPGMCallback):
 LEADS = (
     Method("log radius, mars", over(radius_lr=(0.03, 0.1)), partial(LogTPGM, norm="mars")),
     Method("log radius, l2", over(radius_lr=(0.03, 0.1)), partial(LogTPGM, norm="l2")),
+    Method("log radius from the floor, l2", over(radius_lr=(0.03, 0.1)), partial(FreeLogTPGM, norm="l2")),
     Method("boundary gradient, l2", over(radius_lr=(0.01,)), partial(BoundaryTPGM, norm="l2")),
     Method("wide start, mars", over(radius_lr=(0.01,)), partial(WideTPGM, norm="mars")),
 )
