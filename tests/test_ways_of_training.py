@@ -480,7 +480,7 @@ def test_moving_average(first: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("batch_norm", [True, False], ids=["BatchNorm", "no BatchNorm"])
 @pytest.mark.parametrize("first", [True, False], ids=["SWA first", "SWA last"])
 def test_stochastic_weight_averaging(first: bool, batch_norm: bool, tmp_path: Path) -> None:
-    """As above. (The epoch that it adds for BatchNorm ends with one step without gradients, and so with a projection.)"""
+    """As above. (The epoch that it adds for BatchNorm ends with one step without gradients, and a projection.)"""
     module, callback = Classifier(), TPGMCallback()
     if batch_norm:
         module.backbone.append(nn.BatchNorm1d(8))
