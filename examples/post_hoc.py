@@ -1,7 +1,7 @@
 """TPGM after the fact: from two checkpoints that exist already, a third that remembers more.
 
-A classifier is fine-tuned as always and saved; `project_checkpoint` then learns the radii on held-out digits without any
-training, and `wise_ft_sweep` shows what one number for all tensors can do. About twenty seconds on two cores:
+A classifier is fine-tuned as always and saved; `project_checkpoint` then learns the radii on held-out digits without
+any training, and `wise_ft_sweep` shows what one number for all tensors can do. About twenty seconds on two cores:
 
     python examples/post_hoc.py
 """
@@ -59,7 +59,9 @@ def main() -> None:
         radius_steps=arguments.radius_steps,
         trainer=Trainer(**options),
     )
-    report("projected", DigitClassifier.load_from_checkpoint(projected, map_location=torch.device("cpu")))
+    model_from_file = DigitClassifier()
+    model_from_file.load_state_dict(torch.load(projected, weights_only=True)["state_dict"])
+    report("projected", model_from_file)
 
     sweep = wise_ft_sweep(trainer, model, CHECKPOINT, monitor="val_acc", datamodule=digits)
     report("WiSE-FT", model)
