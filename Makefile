@@ -60,8 +60,9 @@ demo-quick: $(VENV)/.installed-dev  ## the demo at its smallest: that it runs, n
 oldest: $(VENV_OLDEST)/.installed  ## the tests against the oldest supported lightning
 	$(VENV_OLDEST)/bin/pytest $(PYTEST_ARGS)
 
-compat: $(VENV_COMPAT)/.installed  ## modules of other projects, trained with the callback added
+compat: $(VENV_COMPAT)/.installed  ## modules of other projects, and the example with a transformer
 	$(VENV_COMPAT)/bin/pytest compat
+	$(VENV_COMPAT)/bin/pytest tests/test_examples.py -k text_classifier
 
 env: $(VENV)/.installed-dev  ## the development environment only
 
