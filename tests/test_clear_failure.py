@@ -408,9 +408,9 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.Monke
     bad = write({"state_dict": toy().state_dict(), "x": NeedsCode()}, tmp_path / "bad.pt")
     with says("`pretrained` file '...bad.pt' cannot be read with weights_only=True: ..."):
         fit(toy(), TPGMCallback(pretrained=bad))
-    with pytest.raises((MisconfigurationException, ValueError), match="weights_only=True"):
+    with says("`finetuned` file '...bad.pt' cannot be read with weights_only=True: ..."):
         project_checkpoint(toy(), "good.pt", bad, val_loader(), trainer=quiet_trainer())
-    with pytest.raises(MisconfigurationException, match="weights_only=True"):
+    with says("`pretrained` file '...bad.pt' cannot be read with weights_only=True: ..."):
         wise_ft_sweep(quiet_trainer(), toy(), bad, "val_loss", dataloaders=val_loader())
     assert not Path("executed").exists()
     torch.load(bad, weights_only=False)  # it would have been

@@ -24,7 +24,8 @@ def run(script: str, folder: Path, *args: str) -> str:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *args],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
+        # one thread: the networks are small, and on a busy machine threads wait for each other
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
