@@ -51,8 +51,9 @@ package: $(VENV)/.installed-dev $(VENV_PACKAGE)/.installed  ## build, look into 
 	$(VENV_PACKAGE)/bin/python -m pip check
 	cd / && "$(abspath $(VENV_PACKAGE))/bin/python" -I -W error "$(CURDIR)/.ci/check_installed.py"
 
+# Not --quiet: it would keep warnings from being counted.
 docs: $(VENV)/.installed-dev  ## the site, into site/; a warning is an error
-	$(VENV)/bin/mkdocs build --quiet --strict
+	$(VENV)/bin/mkdocs build --strict
 
 demo-quick: $(VENV)/.installed-dev  ## the demo at its smallest: that it runs, not what it finds
 	$(VENV)/bin/python examples/digits/demo.py --seeds 1 --epochs 1 --output demo_output/quick
