@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo benchmark benchmark-quick bench test lint tests package demo-quick oldest compat env clean distclean
+.PHONY: help demo benchmark benchmark-quick bench test lint tests package docs demo-quick oldest compat env clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ bench: $(VENV)/.installed-demo  ## what each method costs, against the floor: ab
 	$(VENV)/bin/python examples/overhead/overhead.py
 	$(VENV)/bin/python examples/overhead/report.py
 
-test: lint tests package demo-quick oldest compat  ## everything that CI runs
+test: lint tests package docs demo-quick oldest compat  ## everything that CI runs
 
 lint: $(VENV)/.installed-dev  ## style, format and types
 	$(VENV)/bin/ruff check .
@@ -45,10 +45,15 @@ tests: $(VENV)/.installed-dev  ## tests and doctests; options in PYTEST_ARGS, fo
 package: $(VENV)/.installed-dev $(VENV_PACKAGE)/.installed  ## build, look into the wheel, import it with no extras installed
 	rm -rf build dist
 	$(VENV)/bin/python -m build --quiet
+	$(VENV)/bin/python -m twine check --strict dist/*
 	$(VENV)/bin/python .ci/check_wheel.py dist
 	$(VENV_PACKAGE)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(VENV_PACKAGE)/bin/python -m pip check
 	cd / && "$(abspath $(VENV_PACKAGE))/bin/python" -I -W error "$(CURDIR)/.ci/check_installed.py"
+
+# Not --quiet: it would keep warnings from being counted.
+docs: $(VENV)/.installed-dev  ## the site, into site/; a warning is an error
+	$(VENV)/bin/mkdocs build --strict
 
 demo-quick: $(VENV)/.installed-dev  ## the demo at its smallest: that it runs, not what it finds
 	$(VENV)/bin/python examples/digits/demo.py --seeds 1 --epochs 1 --output demo_output/quick
@@ -56,13 +61,14 @@ demo-quick: $(VENV)/.installed-dev  ## the demo at its smallest: that it runs, n
 oldest: $(VENV_OLDEST)/.installed  ## the tests against the oldest supported lightning
 	$(VENV_OLDEST)/bin/pytest $(PYTEST_ARGS)
 
-compat: $(VENV_COMPAT)/.installed  ## modules of other projects, trained with the callback added
+compat: $(VENV_COMPAT)/.installed  ## modules of other projects, and the example with a transformer
 	$(VENV_COMPAT)/bin/pytest compat
+	$(VENV_COMPAT)/bin/pytest tests/test_examples.py -k text_classifier
 
 env: $(VENV)/.installed-dev  ## the development environment only
 
 clean:  ## remove what builds, tests and the demo wrote
-	rm -rf build dist demo_output lightning_logs htmlcov .coverage .coverage.* *.egg-info
+	rm -rf build dist site demo_output lightning_logs htmlcov .coverage .coverage.* *.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 distclean: clean  ## remove the environments as well

@@ -17,7 +17,14 @@ from lightning_tpgm.anchor import Pretrained, capture, match_names, read_file, r
 from lightning_tpgm.callbacks.base import check
 from lightning_tpgm.callbacks.tpgm import TPGMCallback
 from lightning_tpgm.evaluation import Loss
-from lightning_tpgm.framework import DummyLogger, MisconfigurationException, pl, same_package, starts_functions
+from lightning_tpgm.framework import (
+    DummyLogger,
+    MisconfigurationException,
+    is_overridden,
+    pl,
+    same_package,
+    starts_functions,
+)
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.selection import clean_name
 from lightning_tpgm.sharding import full, local, reshard
@@ -96,8 +103,9 @@ def project_checkpoint(
             "`trainer` should run in the process that calls it, found a strategy that starts its processes as functions"
             " (ddp_spawn, ddp_notebook), which keep what they learned to themselves. Pass strategy='ddp'."
         )
+    validation = [()] if is_overridden("validation_step", model) else None  # without any, Lightning warns
     with _without_training(trainer, model, callback):
-        trainer.fit(model, train_dataloaders=[()])
+        trainer.fit(model, train_dataloaders=[()], val_dataloaders=validation)
     if trainer.is_global_zero:
         _write(finetuned, output, callback.projected)
     trainer.strategy.barrier()

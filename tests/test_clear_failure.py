@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_tpgm import TPGMCallback
+from lightning_tpgm import TPGMCallback, project_checkpoint, wise_ft_sweep
 from properties import assert_same
 from toys import Toy, images, quiet_trainer, toy, train_loader, val_loader
 
@@ -341,7 +341,10 @@ def test_lazy_parameter() -> None:
 
 
 class NeedsCode:
-    """What weights_only refuses to load."""
+    """What weights_only refuses to load: to read it would leave a file behind."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("executed"),)
 
 
 def write(content: Any, path: Path) -> Path:
@@ -397,6 +400,21 @@ def test_bad_pretrained_file(kind: str, tmp_path: Path) -> None:
     with says(message.format(path=path)):
         fit(toy(), TPGMCallback(pretrained=pretrained), started)
     assert not started.training
+
+
+def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(toy().state_dict(), "good.pt")
+    bad = write({"state_dict": toy().state_dict(), "x": NeedsCode()}, tmp_path / "bad.pt")
+    with says("`pretrained` file '...bad.pt' cannot be read with weights_only=True: ..."):
+        fit(toy(), TPGMCallback(pretrained=bad))
+    with says("`finetuned` file '...bad.pt' cannot be read with weights_only=True: ..."):
+        project_checkpoint(toy(), "good.pt", bad, val_loader(), trainer=quiet_trainer())
+    with says("`pretrained` file '...bad.pt' cannot be read with weights_only=True: ..."):
+        wise_ft_sweep(quiet_trainer(), toy(), bad, "val_loss", dataloaders=val_loader())
+    assert not Path("executed").exists()
+    torch.load(bad, weights_only=False)  # it would have been
+    assert Path("executed").exists()
 
 
 class Started(pl.Callback):

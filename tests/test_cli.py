@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
+import lightning_tpgm
 from lightning_tpgm import TPGMCallback
 from zoo import Blobs, Classifier, blobs
 
@@ -48,11 +52,28 @@ def test_the_example_runs(tmp_path: Path) -> None:
     assert (state["method"]["radii"]["value"] > 0).all()
 
 
-def test_help_explains_the_arguments() -> None:
+CALLBACKS = [name for name in lightning_tpgm.__all__ if name.endswith("Callback")]
+
+
+def test_the_example_explains_the_arguments() -> None:
     """LightningCLI shows the arguments of a callback on demand."""
     text = " ".join(main("fit", "--trainer.callbacks.help=lightning_tpgm.TPGMCallback").split())
     assert "Adam learning rate of the radii. (type: float, default: 0.01)" in text
-    assert "Held-out data: a DataLoader (or any iterable of batches), a function that returns one" in text
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_help_is_the_docstring(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The description of each argument of each callback, whole."""
+    callback = getattr(lightning_tpgm, name)
+    with pytest.raises(SystemExit):
+        LightningCLI(Classifier, Blobs, run=False, args=[f"--trainer.callbacks.help=lightning_tpgm.{name}"])
+    shown = " ".join(capsys.readouterr().out.split())
+    described = docstring_parser.parse(inspect.getdoc(callback) or "").params
+    assert [param.arg_name for param in described] == list(inspect.signature(callback).parameters)
+    for param in described:
+        description = " ".join((param.description or "").split())
+        assert description
+        assert re.search(rf"\.{param.arg_name} .{{0,100}}{re.escape(description)}", shown), param.arg_name
 
 
 class HeldOut(DataLoader[Any]):

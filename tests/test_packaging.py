@@ -56,7 +56,7 @@ def test_version_is_stated_once() -> None:
 @pytest.mark.parametrize(
     ("file", "extras"),
     [
-        ("constraints.txt", {"benchmark", "cli", "dev", "examples", "plots", "safetensors", "test"}),
+        ("constraints.txt", {"benchmark", "cli", "dev", "docs", "examples", "plots", "safetensors", "test"}),
         ("constraints-oldest.txt", {"cli", "examples", "plots", "safetensors", "test"}),
         ("constraints-compat.txt", {"compat"}),
     ],

@@ -1,0 +1,94 @@
+"""Radii and distances in pictures, in cells: open it as a notebook in an editor that knows `# %%`, or run it.
+
+A classifier of digits is fine-tuned for 65 steps; the figures show how far each tensor may go, over the steps, and
+how far it goes without the constraint, by tensor and for one layer's filters. About twenty seconds on two cores:
+
+    python examples/notebook.py
+"""
+
+# %% The data and the classifier are those of examples/digits
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from lightning.pytorch import Callback, Trainer, seed_everything
+from matplotlib.colors import LogNorm
+
+sys.path.append(str(Path(__file__).resolve().parent / "digits"))
+
+from data import CHECKPOINT, Digits
+from lightning_tpgm import TPGMCallback
+from model import DigitClassifier
+
+OUTPUT = Path("demo_output")
+OUTPUT.mkdir(exist_ok=True)
+
+
+# %% A callback that keeps the radii after every step
+class History(Callback):
+    """Keeps the radii of a callback that comes before it in the trainer's list."""
+
+    def __init__(self, tpgm: TPGMCallback) -> None:
+        self.tpgm = tpgm
+        self.radii: list[list[float]] = []
+
+    def on_train_batch_end(self, *args: object) -> None:
+        """Keep the present ones."""
+        self.radii.append(list(self.tpgm.radii.values()))
+
+
+# %% Fine-tune with the constraint and without
+def fine_tune(*callbacks: Callback) -> DigitClassifier:
+    """The same run but for the callbacks."""
+    seed_everything(0, verbose=False)
+    model = DigitClassifier(weights=str(CHECKPOINT), freeze_statistics=True)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=5,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=Digits())
+    return model
+
+
+tpgm = TPGMCallback(norm="l2", radius_lr=0.01)
+history = History(tpgm)
+constrained, plain = fine_tune(tpgm, history), fine_tune()
+names = list(tpgm.radii)
+
+# %% Over the steps: a bright tensor may go far, a dark one is pinned
+radii = np.array(history.radii)
+figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+image = ax.imshow(radii.T.clip(1e-3), aspect="auto", norm=LogNorm(1e-3, radii.max()), interpolation="none")
+ax.set(xlabel="optimizer step")
+ax.set_yticks(range(len(names)), names)
+figure.colorbar(image, label="radius in the norm l2; 0.001 and less are one colour")
+figure.savefig(OUTPUT / "steps.png")
+
+# %% By tensor: where the constraint has held the weights back
+without = [float((plain.get_parameter(name).detach() - anchor).norm()) for name, anchor in tpgm.anchor.items()]
+figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+ax.bar(names, without, color="lightgrey", label="without the constraint")
+ax.bar(names, list(tpgm.distances.values()), color="tab:blue", width=0.5, label="with it")
+ax.tick_params(axis="x", rotation=90)
+ax.set(ylabel="distance from the pretrained weights")
+ax.legend()
+figure.savefig(OUTPUT / "tensors.png")
+
+# %% One layer: the same for each of its filters
+anchor = tpgm.anchor["features.0.0.weight"]
+figure, ax = plt.subplots(figsize=(8, 3), layout="constrained")
+for model, colour, label in ((plain, "lightgrey", "without the constraint"), (constrained, "tab:blue", "with it")):
+    deviation = model.features[0][0].weight.detach() - anchor
+    ax.bar(range(len(deviation)), deviation.flatten(1).norm(dim=1), color=colour, label=label)
+ax.set(title="features.0.0.weight", xlabel="filter", ylabel="distance of the filter")
+ax.legend()
+figure.savefig(OUTPUT / "filters.png")
+
+# %% In a notebook the figures are shown where they are made
+plt.show()
