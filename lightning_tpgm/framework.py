@@ -37,6 +37,8 @@ __all__ = [
     "is_overridden",
     "is_param_in_hook_signature",
     "isolate_rng",
+    "logging_step",
+    "logs_are_due",
     "pl",
     "rank_zero_info",
     "rank_zero_warn",
@@ -151,6 +153,19 @@ def results_put_aside(trainer: pl.Trainer) -> Iterator[None]:
         yield
     finally:
         loop._results, connector._current_fx = results, current_fx
+
+
+def logs_are_due(trainer: pl.Trainer) -> bool:
+    """Whether what is logged in this batch goes to the loggers at its end."""
+    automatic = trainer.lightning_module.automatic_optimization
+    if automatic and trainer.fit_loop._should_accumulate():
+        return False
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def logging_step(trainer: pl.Trainer) -> int:
+    """The loggers' x axis while training."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def starts_functions(trainer: pl.Trainer) -> bool:

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained, capture, match_pretrained, read_pretrained
+from lightning_tpgm.callbacks.observed import Log, ObservedCallback
 from lightning_tpgm.framework import (
-    Callback,
     MisconfigurationException,
     callbacks_of,
     classes,
@@ -24,7 +24,7 @@ from lightning_tpgm.framework import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_tpgm.norms import Norm
+from lightning_tpgm.norms import Norm, deviation
 from lightning_tpgm.projection import row_dot
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import Sharding, full, is_split, local, local_gradient, reshard
@@ -59,7 +59,7 @@ def _nothing() -> None:
     pass
 
 
-class AnchoredCallback(Callback):
+class AnchoredCallback(ObservedCallback):
     """Base of all methods: knows the constrained parameters and their anchors, and acts after every optimizer step.
 
     The anchor of a parameter is captured when the parameter is first seen trainable: at the start of the fit, or when a
@@ -68,18 +68,20 @@ class AnchoredCallback(Callback):
     Args:
         exclude: fnmatch patterns over parameter names; those parameters are not constrained.
         pretrained: Where the anchors come from: a file, a mapping, a module; None: the weights at the start of the fit.
+        log: See `ObservedCallback`.
     """
 
     norm: Norm = "l2"
     _constrains_buffers = False  # parameters only
     _SHOWN: tuple[str, ...] = ("exclude",)  # the arguments in `repr`
 
-    def __init__(self, exclude: Sequence[str] = (), pretrained: Pretrained | None = None) -> None:
+    def __init__(self, exclude: Sequence[str] = (), pretrained: Pretrained | None = None, log: Log = "summary") -> None:
         patterns: object = exclude
         usable = isinstance(patterns, Sequence) and not isinstance(patterns, str)
         check(usable and all(isinstance(p, str) for p in exclude), "exclude", "a sequence of patterns", exclude)
         accepted = isinstance(pretrained, str | os.PathLike | Mapping | nn.Module | None)
         check(accepted, "pretrained", "a path, a mapping of tensors by name, a module or None", pretrained)
+        super().__init__(log)
         self.exclude = tuple(exclude)
         self.pretrained = pretrained
         self._parameters: dict[str, Tensor] = {}  # constrained now
@@ -131,6 +133,22 @@ class AnchoredCallback(Callback):
     def reset_method(self) -> None:
         """Forget what was learned: a new fit begins."""
 
+    def at_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after the last step of a fit."""
+
+    @override
+    def tensors(self) -> dict[str, Tensor]:
+        return self._anchor
+
+    @override
+    def quantities(self) -> dict[str, Tensor]:
+        """The distance of each constrained tensor, measured now."""
+        if not self._parameters:
+            return {}
+        with torch.no_grad():
+            deviations = [deviation(*pair) for pair in zip(self._weights, self._anchors, strict=True)]
+            return {"distance": self._dots((d, d) for d in deviations).sqrt()}
+
     # ---- Lightning's hooks
 
     @override
@@ -179,6 +197,8 @@ class AnchoredCallback(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops listening to the optimizers."""
         self._stop_listening()
+        self.at_fit_end(trainer, pl_module)
+        self._conclude(trainer)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -259,6 +279,7 @@ class AnchoredCallback(Callback):
     def _forget(self) -> None:
         """Back to the state of a new callback."""
         self._anchor, self._begun = {}, False
+        self._forget_seen()
         self.reset_method()
 
     def _verified(self, anchor: dict[str, Tensor], candidates: dict[str, Tensor]) -> dict[str, Tensor]:
