@@ -24,6 +24,7 @@ from lightning_tpgm.framework import (
     rank_zero_info,
     rank_zero_warn,
 )
+from lightning_tpgm.history import History
 from lightning_tpgm.norms import Norm, deviation
 from lightning_tpgm.projection import row_dot
 from lightning_tpgm.selection import constrainable
@@ -69,19 +70,26 @@ class AnchoredCallback(ObservedCallback):
         exclude: fnmatch patterns over parameter names; those parameters are not constrained.
         pretrained: Where the anchors come from: a file, a mapping, a module; None: the weights at the start of the fit.
         log: See `ObservedCallback`.
+        summary: See `ObservedCallback`.
     """
 
     norm: Norm = "l2"
     _constrains_buffers = False  # parameters only
     _SHOWN: tuple[str, ...] = ("exclude",)  # the arguments in `repr`
 
-    def __init__(self, exclude: Sequence[str] = (), pretrained: Pretrained | None = None, log: Log = "summary") -> None:
+    def __init__(
+        self,
+        exclude: Sequence[str] = (),
+        pretrained: Pretrained | None = None,
+        log: Log = "summary",
+        summary: bool = False,
+    ) -> None:
         patterns: object = exclude
         usable = isinstance(patterns, Sequence) and not isinstance(patterns, str)
         check(usable and all(isinstance(p, str) for p in exclude), "exclude", "a sequence of patterns", exclude)
         accepted = isinstance(pretrained, str | os.PathLike | Mapping | nn.Module | None)
         check(accepted, "pretrained", "a path, a mapping of tensors by name, a module or None", pretrained)
-        super().__init__(log)
+        super().__init__(log, summary)
         self.exclude = tuple(exclude)
         self.pretrained = pretrained
         self._parameters: dict[str, Tensor] = {}  # constrained now
@@ -211,6 +219,7 @@ class AnchoredCallback(ObservedCallback):
         if stage == "fit":
             self._stop_listening()
             self._anchor = to_cpu(self._anchor)
+            self._history.leave_device()
             self._parameters, self._waiting, self._pretrained = {}, {}, None
 
     @property
@@ -228,13 +237,14 @@ class AnchoredCallback(ObservedCallback):
             return {}
         anchor = {name: full(anchor).cpu() for name, anchor in self._anchor.items()}
         waiting = {name: None if value is None else full(value).cpu() for name, value in self._may_join.items()}
-        return {"anchor": anchor, "waiting": waiting, "method": self.method_state()}
+        seen = self._history.state_dict()
+        return {"anchor": anchor, "waiting": waiting, "method": self.method_state(), "history": seen}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until the fit starts: strategies differ in whether the module is ready now."""
         if self._handles and state_dict:  # in mid-fit: a tuner puts back what was before it
-            self.load_method_state(state_dict["method"])
+            self._load_state(state_dict)
         else:
             self._loaded = state_dict or None
 
@@ -269,12 +279,18 @@ class AnchoredCallback(ObservedCallback):
         self._waiting = {name: candidates[name] for name in self._may_join if name in candidates}
         self._pretrained = None
         if state is not None:
-            self.load_method_state(state["method"])
+            self._load_state(state)
         self._join()
         for name, value in self._may_join.items():
             if value is not None:  # a copy: the source may be a module that goes on training
                 self._may_join[name] = value.clone()
         self._check_something_to_do(trainer, pl_module)
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.load_method_state(state["method"])
+        self._history = History()
+        if "history" in state:  # older checkpoints have none
+            self._history.load_state_dict(state["history"])
 
     def _forget(self) -> None:
         """Back to the state of a new callback."""
@@ -370,6 +386,7 @@ class AnchoredCallback(ObservedCallback):
             if self._depth == 0 and self._parameters:
                 with torch.no_grad():
                     self.after_optimizer_step(trainer, pl_module, optimizer)
+                    self._record(trainer)
 
         for optimizer in trainer.optimizers:
             self._handles += [

@@ -44,6 +44,7 @@ class DiGraPCallback(GradientCallback):
         pretrained: Where the anchors come from, as in `TPGMCallback`; None: the weights at the start of the fit.
         log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
             in `TPGMCallback`.
+        summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: As `L2SPCallback`.
@@ -66,9 +67,10 @@ class DiGraPCallback(GradientCallback):
         exclude: Sequence[str] = (),
         pretrained: Pretrained | None = None,
         log: Log = "summary",
+        summary: bool = False,
     ) -> None:
         check(is_number(omega_lr) and omega_lr > 0, "omega_lr", "a positive number", omega_lr)
-        super().__init__(exclude, pretrained, log)
+        super().__init__(exclude, pretrained, log, summary)
         self.omega_lr = omega_lr
         self.reset_method()
 

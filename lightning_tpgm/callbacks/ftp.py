@@ -44,6 +44,7 @@ class FTPCallback(RadiusCallback):
         pretrained: Where the anchors come from, as in `TPGMCallback`; None: the weights at the start of the fit.
         log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
             in `TPGMCallback`.
+        summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
@@ -67,9 +68,10 @@ class FTPCallback(RadiusCallback):
         exclude: Sequence[str] = (),
         pretrained: Pretrained | None = None,
         log: Log = "summary",
+        summary: bool = False,
     ) -> None:
         check(is_number(k) and 0 <= k <= 1, "k", "a number in [0, 1]", k)
-        super().__init__(radius_lr, norm, exclude, pretrained, log)
+        super().__init__(radius_lr, norm, exclude, pretrained, log, summary)
         self.k = k
 
     @override

@@ -28,6 +28,7 @@ class RadiusCallback(AnchoredCallback):
         exclude: See `AnchoredCallback`.
         pretrained: See `AnchoredCallback`.
         log: See `ObservedCallback`.
+        summary: See `ObservedCallback`.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class RadiusCallback(AnchoredCallback):
         exclude: Sequence[str] = (),
         pretrained: Pretrained | None = None,
         log: Log = "summary",
+        summary: bool = False,
     ) -> None:
         check(is_number(radius_lr) and radius_lr > 0, "radius_lr", "a positive number", radius_lr)
         check(norm in NORMS, "norm", f"one of {', '.join(map(repr, NORMS))}", norm)
-        super().__init__(exclude, pretrained, log)
+        super().__init__(exclude, pretrained, log, summary)
         self.radius_lr = radius_lr
         self.norm = norm
         self.reset_method()
@@ -84,6 +86,11 @@ class RadiusCallback(AnchoredCallback):
         binds = radius < reach
         ratios = torch.where(binds, ratio(radius, reach), 1)
         return {"radius": radius, "distance": self._distances, "ratio": ratios, "binds": binds}
+
+    @override
+    def quantities_are_at_hand(self) -> bool:
+        """Every projection knows them."""
+        return self.acts_after_steps()
 
     @override
     def reset_method(self) -> None:

@@ -35,6 +35,7 @@ class SPDCallback(AnchoredCallback):
         pretrained: Where the anchors come from, as in `TPGMCallback`; None: the weights at the start of the fit.
         log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
             in `TPGMCallback`.
+        summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
@@ -56,9 +57,10 @@ class SPDCallback(AnchoredCallback):
         exclude: Sequence[str] = (),
         pretrained: Pretrained | None = None,
         log: Log = "summary",
+        summary: bool = False,
     ) -> None:
         check(is_number(strength) and strength >= 0, "strength", "a number that is not negative", strength)
-        super().__init__(exclude, pretrained, log)
+        super().__init__(exclude, pretrained, log, summary)
         self.strength = strength
         self._before: list[Tensor] = []
 

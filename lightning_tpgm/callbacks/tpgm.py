@@ -58,6 +58,7 @@ class TPGMCallback(RadiusCallback):
             row; 1: inside the ball), ``tpgm/binding`` (the share of tensors whose constraint binds) and
             ``tpgm/distance`` (of all tensors: the root of the sum of squares). ``"all"``: also
             ``tpgm_radius/NAME`` and ``tpgm_distance/NAME`` of each tensor. ``"none"``: nothing.
+        summary: Whether the fit ends with a printed table of the tensors that moved most and least; needs rich.
 
     Raises:
         MisconfigurationException: For an argument out of its range, in the constructor; when the fit is set up, for
@@ -94,8 +95,9 @@ class TPGMCallback(RadiusCallback):
         loss: Loss = None,
         when: Literal["training", "fit_end"] = "training",
         log: Log = "summary",
+        summary: bool = False,
     ) -> None:
-        super().__init__(radius_lr, norm, exclude, pretrained, log)
+        super().__init__(radius_lr, norm, exclude, pretrained, log, summary)
         given: object = dataloader
         usable = given is None or isinstance(given, Iterable) or callable(given)
         check(usable, "dataloader", "a loader, a function that returns one, an import path or None", dataloader)

@@ -15,6 +15,7 @@ from lightning_tpgm.anchor import Pretrained, capture, match_pretrained, read_pr
 from lightning_tpgm.callbacks.base import AnchoredCallback, check, configuration_errors, is_number
 from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.framework import MisconfigurationException, pl, rank_zero_info
+from lightning_tpgm.plotting import axes_for
 from lightning_tpgm.projection import project
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import local, reshard
@@ -37,6 +38,7 @@ class WiSEFTCallback(AnchoredCallback):
         pretrained: Where the anchors come from, as in `TPGMCallback`; None: the weights at the start of the fit.
         log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
             in `TPGMCallback`.
+        summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing to interpolate.
@@ -57,9 +59,10 @@ class WiSEFTCallback(AnchoredCallback):
         exclude: Sequence[str] = (),
         pretrained: Pretrained | None = None,
         log: Log = "summary",
+        summary: bool = False,
     ) -> None:
         check(alpha is None or (is_number(alpha) and 0 <= alpha <= 1), "alpha", "a number in [0, 1] or None", alpha)
-        super().__init__(exclude, pretrained, log)
+        super().__init__(exclude, pretrained, log, summary)
         self.alpha = alpha
 
     @override
@@ -123,8 +126,11 @@ class WiSEFTSweep:
 
         return max(zip(self.alphas, self.values, strict=True), key=rank)[0]
 
-    def plot(self) -> tuple[Any, Any]:
+    def plot(self, ax: Any = None) -> tuple[Any, Any]:
         """Draw the metric over alpha.
+
+        Args:
+            ax: Matplotlib axes to draw into; None: a new figure.
 
         Returns:
             The matplotlib figure and axes.
@@ -132,11 +138,7 @@ class WiSEFTSweep:
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib import pyplot as plt
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("Plots need matplotlib: pip install 'lightning-tpgm[plots]'.") from error
-        figure, axes = plt.subplots()
+        figure, axes = axes_for(ax)
         axes.plot(self.alphas, self.values, marker="o")
         axes.axvline(self.best_alpha, linestyle=":", color="grey")
         axes.set(xlabel="alpha (0: pretrained, 1: fine-tuned)", ylabel=self.monitor)
