@@ -25,10 +25,11 @@ from lightning_tpgm.framework import (
     rank_zero_warn,
 )
 from lightning_tpgm.history import History
-from lightning_tpgm.norms import Norm, deviation
+from lightning_tpgm.norms import Norm, deviation, row_distance
 from lightning_tpgm.projection import row_dot
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import Sharding, full, is_split, local, local_gradient, reshard
+from lightning_tpgm.troubles import never_trained
 
 
 @contextmanager
@@ -157,6 +158,14 @@ class AnchoredCallback(ObservedCallback):
             deviations = [deviation(*pair) for pair in zip(self._weights, self._anchors, strict=True)]
             return {"distance": self._dots((d, d) for d in deviations).sqrt()}
 
+    @override
+    def sizes(self) -> Tensor:
+        """In the method's norm; the largest row's."""
+        like = self._scalars_like()
+        with torch.no_grad():
+            parts = [row_distance(anchor, self.norm).to(like) for anchor in self._anchors]
+            return self._sharding.largest(self._sharding.distances(parts))
+
     # ---- Lightning's hooks
 
     @override
@@ -272,6 +281,8 @@ class AnchoredCallback(ObservedCallback):
                 with configuration_errors():
                     self._may_join = {**match_pretrained(self._pretrained, candidates, self._report)}
         # else the same trainer goes on with the same module, and everything is still here
+        if state is None and not self._begun and self.pretrained is None:
+            self._check_anchors(pl_module)
         self._fitted = weakref.ref(pl_module)
         self._begun, self._saw_batch, self._saw_step = True, False, False
         self._parameters = {name: candidates[name] for name in self._anchor}
@@ -320,6 +331,14 @@ class AnchoredCallback(ObservedCallback):
                 f"{type(self).__name__} has nothing to constrain: of {len(list(pl_module.parameters()))} parameters"
                 f" {len(self._waiting)} remain after `exclude` = {list(self.exclude)}, and none of them is trainable."
                 " Exclude less, or unfreeze some (a `BaseFinetuning` callback may do so later)."
+            )
+
+    def _check_anchors(self, pl_module: pl.LightningModule) -> None:
+        evidence = never_trained(pl_module)
+        if evidence:
+            rank_zero_warn(
+                f"{type(self).__name__}: the anchors look like a random initialisation: {evidence}. Fine-tuning is kept"
+                " near them, so load the pretrained weights before the fit, or pass them as `pretrained`."
             )
 
     def _join(self) -> None:

@@ -8,10 +8,19 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_tpgm.framework import Callback, MisconfigurationException, callbacks_of, logging_step, logs_are_due, pl
+from lightning_tpgm.framework import (
+    Callback,
+    MisconfigurationException,
+    callbacks_of,
+    logging_step,
+    logs_are_due,
+    pl,
+    rank_zero_warn,
+)
 from lightning_tpgm.history import History
 from lightning_tpgm.plotting import plot_layers, plot_steps
 from lightning_tpgm.reporting import PER_TENSOR, Row, by_name, in_short, print_table, rows_of
+from lightning_tpgm.troubles import Watch
 
 Log = Literal["summary", "all", "none"]
 
@@ -56,6 +65,14 @@ class ObservedCallback(Callback):
     def quantities_are_at_hand(self) -> bool:
         """Whether `quantities` costs nothing: then all steps may be recorded, else those at which logs are due."""
         return False
+
+    def sizes(self) -> Tensor:
+        """The norm of each anchor, shape (T,); collective."""
+        raise NotImplementedError
+
+    def growth(self) -> float:
+        """By how much a radius can grow in an optimizer step."""
+        return 0.0
 
     def scalars(self) -> dict[str, Tensor]:
         """What else is known, by name."""
@@ -123,6 +140,7 @@ class ObservedCallback(Callback):
             values = {name: value for name, value in in_short(quantities).items() if name not in self._IN_BAR}
             self._log_dict(trainer, pl_module, values)
             self._log_each(trainer, quantities)
+        self._look(quantities)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -136,12 +154,19 @@ class ObservedCallback(Callback):
         """Back to the state of a new callback."""
         self._history = History()
         self._last: dict[str, Tensor] = {}  # the quantities at the end of the fit
+        self._watch = Watch()
 
     def _record(self, trainer: pl.Trainer) -> None:
         """Called after each optimizer step."""
         every = 1 if self.quantities_are_at_hand() else max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self._history.due(every):
             self._history.add({name: value for name, value in self.quantities().items() if name in PER_TENSOR})
+
+    def _look(self, quantities: dict[str, Tensor]) -> None:
+        """Warn of what goes wrong silently."""
+        if quantities:
+            for trouble in self._watch.look(self._history.count, quantities, self.sizes, self.growth()):
+                rank_zero_warn(f"{type(self).__name__}: {trouble}")
 
     def _conclude(self, trainer: pl.Trainer) -> None:
         """Keep the values at the end of the fit, and log them: `log_dict` is not allowed any more."""

@@ -93,6 +93,11 @@ class RadiusCallback(AnchoredCallback):
         return self.acts_after_steps()
 
     @override
+    def growth(self) -> float:
+        """Adam's step is at most about its learning rate."""
+        return self.radius_lr
+
+    @override
     def reset_method(self) -> None:
         """Forgets the radii."""
         self._radii = Radii(self.radius_lr)

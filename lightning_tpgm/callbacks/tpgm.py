@@ -17,7 +17,7 @@ from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.callbacks.radius import RadiusCallback
 from lightning_tpgm.evaluation import HeldOutLoss, Loss
 from lightning_tpgm.framework import MisconfigurationException, Tqdm, is_overridden, pl, rank_zero_warn
-from lightning_tpgm.heldout import HeldOutBatches, has_default_loaders, held_out_batches
+from lightning_tpgm.heldout import HeldOutBatches, has_default_loaders, held_out_batches, warn_of_shared_examples
 from lightning_tpgm.isolation import no_trace
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.projection import radius_gradient
@@ -193,6 +193,11 @@ class TPGMCallback(RadiusCallback):
     # ---- the method
 
     @override
+    def growth(self) -> float:
+        """Counts the updates of a step."""
+        return super().growth() * self.radius_steps / self.every_n_steps
+
+    @override
     def scalars(self) -> dict[str, Tensor]:
         """The held-out loss of the last update, if it was not logged yet."""
         return {} if self._held_out_loss is None else {"heldout_loss": self._held_out_loss}
@@ -261,6 +266,7 @@ class TPGMCallback(RadiusCallback):
         with no_trace(trainer, pl_module):
             if self._held_out is None:
                 self._held_out = held_out_batches(trainer, pl_module, self.dataloader, self._held_out_state)
+                warn_of_shared_examples(trainer, self._held_out)
             loss, grads = self._evaluate(trainer, pl_module, self._held_out.draw(), parameters)
         if loss is None and trainer.world_size == 1:
             return  # "skip this batch"; several processes must go on together: not a number skips it on all of them
