@@ -48,6 +48,7 @@ __all__ = [
     "to_device",
     "uses_distributed_sampler",
     "validation_source",
+    "with_progress_bar",
 ]
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -117,6 +118,16 @@ if not TYPE_CHECKING:
 def is_overridden(method: str, pl_module: pl.LightningModule) -> bool:
     """Whether a module defines this method itself."""
     return bool(same_package(pl_module, "utilities.model_helpers:is_overridden")(method, pl_module))
+
+
+def with_progress_bar(trainer: pl.Trainer, steps: range, text: str) -> Any:
+    """The steps, shown as the trainer shows its own; silently if it shows none."""
+    bar = trainer.progress_bar_callback
+    shown = bar is not None and trainer.is_global_zero
+    live = getattr(bar, "progress", None)  # there can be only one at a time
+    if shown and live is not None and isinstance(bar, classes("callbacks:RichProgressBar")):
+        return live.track(steps, description=text)
+    return Tqdm(steps, desc=text, disable=not shown)
 
 
 # ---- private parts, each pinned by a test

@@ -90,9 +90,9 @@ def plot_steps(
         title: Of the figure.
         ax: Where to draw; None: a new figure.
     """
+    figure, ax = axes_for(ax, width=7.5, height=_height(len(names)))
     from matplotlib.colors import LogNorm, Normalize
 
-    figure, ax = axes_for(ax, width=7.5, height=_height(len(names)))
     finite = values[values.isfinite() & (values > 0)]
     low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 1.0)
     log = high > 20 * low > 0

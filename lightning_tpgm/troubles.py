@@ -58,7 +58,9 @@ class Watch:
         if step >= self.PATIENCE and "moved" not in self._said:
             self._said.add("moved")  # one look is enough
             reach = quantities["distance"] / quantities.get("ratio", torch.ones(())).clamp(min=1e-30)
-            if not bool((reach > self.RESOLUTION * sizes()).any()):
+            size = sizes()
+            size = size.where(size > 0, size[size > 0].min() if bool(size.any()) else 0)  # one that starts at zero
+            if not bool((reach > self.RESOLUTION * size).any()):
                 yield (
                     "still",
                     f"After {step} optimizer steps no constrained tensor has moved by more than {self.RESOLUTION:g} of"
@@ -116,7 +118,9 @@ def never_trained(module: nn.Module) -> str | None:
     with torch.no_grad():
         for part in module.modules():
             own = list(part.parameters(recurse=False))
-            if isinstance(part, _NORMS) and own:
+            if any(nn.parameter.is_lazy(parameter) for parameter in own):
+                others = True
+            elif isinstance(part, _NORMS) and own:
                 if not _untouched(part):
                     return None
                 norms += 1
@@ -138,7 +142,7 @@ def never_trained(module: nn.Module) -> str | None:
 def _values(part: nn.Module, name: str) -> Tensor | None:
     """A parameter of the module itself, not computed by a parametrization; this process's part."""
     parameter = part._parameters.get(name)
-    if parameter is None or not parameter.is_floating_point() or nn.parameter.is_lazy(parameter):
+    if parameter is None or not parameter.is_floating_point():
         return None
     return local(parameter.detach())
 

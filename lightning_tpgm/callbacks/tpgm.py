@@ -16,7 +16,7 @@ from lightning_tpgm.callbacks.base import check
 from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.callbacks.radius import RadiusCallback
 from lightning_tpgm.evaluation import HeldOutLoss, Loss
-from lightning_tpgm.framework import MisconfigurationException, Tqdm, is_overridden, pl, rank_zero_warn
+from lightning_tpgm.framework import MisconfigurationException, is_overridden, pl, rank_zero_warn, with_progress_bar
 from lightning_tpgm.heldout import HeldOutBatches, has_default_loaders, held_out_batches, warn_of_shared_examples
 from lightning_tpgm.isolation import no_trace
 from lightning_tpgm.norms import Norm
@@ -235,11 +235,9 @@ class TPGMCallback(RadiusCallback):
 
     def constrain_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make all radius updates at once, with a progress bar, and project the weights."""
-        shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
+        updates = with_progress_bar(trainer, range(self.radius_steps), "Learning radii")
         with torch.no_grad():
-            self._constrain(
-                trainer, pl_module, Tqdm(range(self.radius_steps), desc="Learning radii", disable=not shown)
-            )
+            self._constrain(trainer, pl_module, updates)
         self._warn_of_skipped()
 
     def _constrain(self, trainer: pl.Trainer, pl_module: pl.LightningModule, updates: Sequence[int]) -> None:
