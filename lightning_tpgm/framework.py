@@ -39,6 +39,8 @@ __all__ = [
     "is_param_in_hook_signature",
     "isolate_rng",
     "join_later_imports",
+    "logging_step",
+    "logs_are_due",
     "pl",
     "rank_zero_info",
     "rank_zero_warn",
@@ -48,6 +50,7 @@ __all__ = [
     "to_device",
     "uses_distributed_sampler",
     "validation_source",
+    "with_progress_bar",
 ]
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -134,6 +137,16 @@ def is_overridden(method: str, pl_module: pl.LightningModule) -> bool:
     return bool(same_package(pl_module, "utilities.model_helpers:is_overridden")(method, pl_module))
 
 
+def with_progress_bar(trainer: pl.Trainer, steps: range, text: str) -> Any:
+    """The steps, shown as the trainer shows its own; silently if it shows none."""
+    bar = trainer.progress_bar_callback
+    shown = bar is not None and trainer.is_global_zero
+    live = getattr(bar, "progress", None)  # there can be only one at a time
+    if shown and live is not None and isinstance(bar, classes("callbacks:RichProgressBar")):
+        return live.track(steps, description=text)
+    return Tqdm(steps, desc=text, disable=not shown)
+
+
 # ---- private parts, each pinned by a test
 
 
@@ -168,6 +181,19 @@ def results_put_aside(trainer: pl.Trainer) -> Iterator[None]:
         yield
     finally:
         loop._results, connector._current_fx = results, current_fx
+
+
+def logs_are_due(trainer: pl.Trainer) -> bool:
+    """Whether what is logged in this batch goes to the loggers at its end."""
+    automatic = trainer.lightning_module.automatic_optimization
+    if automatic and trainer.fit_loop._should_accumulate():
+        return False
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def logging_step(trainer: pl.Trainer) -> int:
+    """The loggers' x axis while training."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def starts_functions(trainer: pl.Trainer) -> bool:

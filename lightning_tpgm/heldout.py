@@ -20,9 +20,11 @@ from lightning_tpgm.framework import (
     classes,
     pl,
     rank_zero_info,
+    rank_zero_warn,
     uses_distributed_sampler,
     validation_source,
 )
+from lightning_tpgm.troubles import shared_examples
 
 
 class HeldOutBatch(NamedTuple):
@@ -152,6 +154,16 @@ def held_out_batches(
     if state is not None:
         batches.load_state_dict(state)
     return batches
+
+
+def warn_of_shared_examples(trainer: pl.Trainer, batches: HeldOutBatches) -> None:
+    """Warn if the held-out data are known to hold training data."""
+    shared, count = shared_examples(_flat(trainer.train_dataloader or []), batches.loaders)
+    if shared:
+        rank_zero_warn(
+            f"{shared} of the {count} held-out examples are training examples, too: radii that are learned on them let"
+            " through what fits the training data. Pass other data as `dataloader`, or define tpgm_dataloader()."
+        )
 
 
 def has_default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:

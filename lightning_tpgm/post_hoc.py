@@ -125,6 +125,7 @@ class _ProjectCheckpoint(TPGMCallback):
         loaded = self._load(pl_module)
         self._begin(trainer, pl_module)
         self.constrain_now(trainer, pl_module)
+        self._conclude(trainer)
         projected = {id(parameter): full(parameter.detach()).cpu() for parameter in self._parameters.values()}
         self.projected = {name: projected[id(tensor)] for name, tensor in loaded.items() if id(tensor) in projected}
 

@@ -6,6 +6,7 @@ test_wise_ft.py and test_post_hoc.py; the invariants with several processes are 
 
 from __future__ import annotations
 
+import csv
 import pickle
 import random
 import re
@@ -167,8 +168,12 @@ class BusyToy(Toy):
         return loss
 
 
-def test_no_trace(method: Method, tmp_path: Path) -> None:
-    """With nothing but an unused parameter to constrain, the run is the one without the callback, to the bit."""
+@pytest.mark.parametrize("log", ["none", "summary", "all"])
+def test_no_trace(method: Method, log: str, tmp_path: Path) -> None:
+    """With nothing but an unused parameter to constrain, the run is the one without the callback, to the bit.
+
+    So is the metrics file, less the callback's own columns.
+    """
 
     def busy_run(path: Path, *callbacks: pl.Callback) -> Any:
         path.mkdir()
@@ -176,13 +181,25 @@ def test_no_trace(method: Method, tmp_path: Path) -> None:
         module = BusyToy()
         trainer = run(module, *callbacks, logger=CSVLogger(path, version=""), log_every_n_steps=1)
         generators = [torch.get_rng_state(), np.random.get_state()[1], random.getstate()]
-        metrics = (path / "lightning_logs" / "metrics.csv").read_text()
+        metrics = users_rows((path / "lightning_logs" / "metrics.csv").read_text())
         return outcome(trainer, module, path), generators, metrics, module.batches, module.training
 
-    callback = method.make(exclude=["backbone.*", "norm.*", "hidden.*", "head.*", "scale"])
+    callback = method.make(exclude=["backbone.*", "norm.*", "hidden.*", "head.*", "scale"], log=log)
     found, expected = busy_run(tmp_path / "with", callback), busy_run(tmp_path / "without")
     assert list(callback.anchor) == ["unused"]
     assert_same(found, expected)
+
+
+def users_rows(metrics_file: str) -> list[list[tuple[str, str]]]:
+    """What the user logged, row by row: without the columns of a callback, and without the rows that are its alone."""
+    rows = [
+        [(name, value) for name, value in row.items() if value and not OWN_COLUMN.match(name)]
+        for row in csv.DictReader(metrics_file.splitlines())
+    ]
+    return [row for row in rows if dict(row).keys() - {"step", "epoch"}]
+
+
+OWN_COLUMN = re.compile("(tpgm|ftp|digrap|spd|l2sp|wise_ft)(_radius|_distance|_omega)?/")
 
 
 def test_no_trace_of_hooks_after_the_fit(method: Method) -> None:

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained, capture, match_pretrained, read_pretrained
+from lightning_tpgm.callbacks.observed import Log, ObservedCallback
 from lightning_tpgm.framework import (
-    Callback,
     MisconfigurationException,
     callbacks_of,
     classes,
@@ -26,10 +26,12 @@ from lightning_tpgm.framework import (
     rank_zero_warn,
     starts_functions,
 )
+from lightning_tpgm.history import History
 from lightning_tpgm.layout import Layout, Matrices
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import Sharding, full, is_split, local, local_gradient, reshard
+from lightning_tpgm.troubles import never_trained
 
 
 @contextmanager
@@ -70,7 +72,7 @@ def _nothing() -> None:
     pass
 
 
-class AnchoredCallback(Callback):
+class AnchoredCallback(ObservedCallback):
     """Base of all methods: knows the constrained parameters and their anchors, and acts after every optimizer step.
 
     The anchor of a parameter is captured when the parameter is first seen trainable: at the start of the fit, or when a
@@ -79,19 +81,28 @@ class AnchoredCallback(Callback):
     Args:
         exclude: fnmatch patterns over parameter names; those parameters are not constrained.
         pretrained: Where the anchors come from: a file, a mapping, a module; None: the weights at the start of the fit.
+        log: See `ObservedCallback`.
+        summary: See `ObservedCallback`.
     """
 
     norm: Norm = "l2"
     _constrains_buffers = False  # parameters only
     _SHOWN: tuple[str, ...] = ("exclude",)  # the arguments in `repr`
 
-    def __init__(self, exclude: Sequence[str] = (), pretrained: Pretrained | None = None) -> None:
+    def __init__(
+        self,
+        exclude: Sequence[str] = (),
+        pretrained: Pretrained | None = None,
+        log: Log = "summary",
+        summary: bool = False,
+    ) -> None:
         join_later_imports()
         patterns: object = exclude
         usable = isinstance(patterns, Sequence) and not isinstance(patterns, str)
         check(usable and all(isinstance(p, str) for p in exclude), "exclude", "a sequence of patterns", exclude)
         accepted = isinstance(pretrained, str | os.PathLike | Mapping | nn.Module | None)
         check(accepted, "pretrained", "a path, a mapping of tensors by name, a module or None", pretrained)
+        super().__init__(log, summary)
         self.exclude = tuple(exclude)
         self.pretrained = pretrained
         self._parameters: dict[str, Tensor] = {}  # constrained now
@@ -144,6 +155,29 @@ class AnchoredCallback(Callback):
 
     def reset_method(self) -> None:
         """Forget what was learned: a new fit begins."""
+
+    def at_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after the last step of a fit."""
+
+    @override
+    def tensors(self) -> dict[str, Tensor]:
+        return self._anchor
+
+    @override
+    def quantities(self) -> dict[str, Tensor]:
+        """The distance of each constrained tensor, measured now."""
+        if not self._parameters:
+            return {}
+        with torch.no_grad():
+            return {
+                "distance": self._largest(self._layout.distances(self._layout.arrange(self._weights), self._anchors))
+            }
+
+    @override
+    def sizes(self) -> Tensor:
+        """In the method's norm; the largest row's."""
+        with torch.no_grad():
+            return self._largest(self._layout.norms(self._anchors))
 
     # ---- Lightning's hooks
 
@@ -199,6 +233,8 @@ class AnchoredCallback(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops listening to the optimizers."""
         self._stop_listening()
+        self.at_fit_end(trainer, pl_module)
+        self._conclude(trainer)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -211,6 +247,7 @@ class AnchoredCallback(Callback):
         if stage == "fit":
             self._stop_listening()
             self._anchor = to_cpu(self._anchor)
+            self._history.leave_device()
             self._parameters, self._waiting, self._anchors, self._pretrained = {}, {}, [], None
 
     @property
@@ -228,13 +265,14 @@ class AnchoredCallback(Callback):
             return {}
         anchor = {name: full(anchor).cpu() for name, anchor in self._anchor.items()}
         waiting = {name: None if value is None else full(value).cpu() for name, value in self._may_join.items()}
-        return {"anchor": anchor, "waiting": waiting, "method": self.method_state()}
+        seen = self._history.state_dict()
+        return {"anchor": anchor, "waiting": waiting, "method": self.method_state(), "history": seen}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until the fit starts: strategies differ in whether the module is ready now."""
         if self._handles and state_dict:  # in mid-fit: a tuner puts back what was before it
-            self.load_method_state(state_dict["method"])
+            self._load_state(state_dict)
         else:
             self._loaded = state_dict or None
 
@@ -262,6 +300,8 @@ class AnchoredCallback(Callback):
                 with configuration_errors():
                     self._may_join = {**match_pretrained(self._pretrained, candidates, self._report)}
         # else the same trainer goes on with the same module, and everything is still here
+        if state is None and not self._begun and self.pretrained is None:
+            self._check_anchors(pl_module)
         self._fitted = weakref.ref(pl_module)
         self._begun, self._saw_batch, self._saw_step = True, False, False
         self._parameters = {name: candidates[name] for name in self._anchor}
@@ -270,16 +310,23 @@ class AnchoredCallback(Callback):
         self._pretrained = None
         self._arrange()
         if state is not None:
-            self.load_method_state(state["method"])
+            self._load_state(state)
         self._join()
         for name, value in self._may_join.items():
             if value is not None:  # a copy: the source may be a module that goes on training
                 self._may_join[name] = value.clone()
         self._check_something_to_do(trainer, pl_module)
 
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.load_method_state(state["method"])
+        self._history = History()
+        if "history" in state:  # older checkpoints have none
+            self._history.load_state_dict(state["history"])
+
     def _forget(self) -> None:
         """Back to the state of a new callback."""
         self._anchor, self._begun = {}, False
+        self._forget_seen()
         self.reset_method()
 
     def _verified(self, anchor: dict[str, Tensor], candidates: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -315,6 +362,14 @@ class AnchoredCallback(Callback):
                     f" of which nothing will remain. List {other_name} before {name}."
                 )
 
+    def _check_anchors(self, pl_module: pl.LightningModule) -> None:
+        evidence = never_trained(pl_module)
+        if evidence:
+            rank_zero_warn(
+                f"{type(self).__name__}: the anchors look like a random initialisation: {evidence}. Fine-tuning is kept"
+                " near them, so load the pretrained weights before the fit, or pass them as `pretrained`."
+            )
+
     def _join(self) -> None:
         """Constrain the waiting parameters that are trainable now."""
         new = {n: p for n, p in self._waiting.items() if p.requires_grad or not isinstance(p, nn.Parameter)}
@@ -337,6 +392,10 @@ class AnchoredCallback(Callback):
     def _weights(self) -> list[Tensor]:
         """This process's parts of the constrained parameters: in-place changes reach the module. Under no_grad only."""
         return [local(parameter) for parameter in self._parameters.values()]
+
+    def _largest(self, norms: Tensor) -> Tensor:
+        """The largest of each whole tensor, shape (T,), from the norms of the rows of this process's parts."""
+        return self._sharding.largest(self._layout.largest(self._sharding.distances(norms)))
 
     def _owned(self, optimizer: Optimizer) -> list[bool]:
         """Which of the constrained parameters this optimizer steps."""
@@ -374,6 +433,7 @@ class AnchoredCallback(Callback):
             if self._depth == 0 and self._parameters:
                 with torch.no_grad():
                     self.after_optimizer_step(trainer, pl_module, optimizer)
+                    self._record(trainer)
 
         for optimizer in trainer.optimizers:
             self._handles += [

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_tpgm.anchor import Pretrained, capture
 from lightning_tpgm.callbacks.base import check, is_number, to_cpu
 from lightning_tpgm.callbacks.gradient import GradientCallback
+from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.framework import pl
 from lightning_tpgm.layout import Matrices
 from lightning_tpgm.radii import LearnedScalars
@@ -41,6 +42,9 @@ class DiGraPCallback(GradientCallback):
         omega_lr: mu, the Adam learning rate of omega.
         exclude: fnmatch patterns over parameter names; those are not constrained.
         pretrained: Where the anchors come from, as in `TPGMCallback`; None: the weights at the start of the fit.
+        log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
+            in `TPGMCallback`.
+        summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: As `L2SPCallback`.
@@ -52,15 +56,21 @@ class DiGraPCallback(GradientCallback):
     DiGraPCallback(omega_lr=0.01, exclude=('head.*',))
     """
 
+    _KEY = "digrap"
     _SHOWN = ("omega_lr", "exclude")
     _previous: dict[str, Tensor]
     _next: tuple[LearnedScalars, Tensor, dict[str, Tensor]]  # what a step that is about to happen will leave
 
     def __init__(
-        self, omega_lr: float = 1e-2, exclude: Sequence[str] = (), pretrained: Pretrained | None = None
+        self,
+        omega_lr: float = 1e-2,
+        exclude: Sequence[str] = (),
+        pretrained: Pretrained | None = None,
+        log: Log = "summary",
+        summary: bool = False,
     ) -> None:
         check(is_number(omega_lr) and omega_lr > 0, "omega_lr", "a positive number", omega_lr)
-        super().__init__(exclude, pretrained)
+        super().__init__(exclude, pretrained, log, summary)
         self.omega_lr = omega_lr
         self.reset_method()
 
@@ -81,6 +91,12 @@ class DiGraPCallback(GradientCallback):
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
             self._previous = to_cpu(self._previous)
+
+    @override
+    def quantities(self) -> dict[str, Tensor]:
+        """Also omega."""
+        found = super().quantities()
+        return {**found, "omega": self._omegas.value} if found else {}
 
     @override
     def reset_method(self) -> None:

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained, capture
 from lightning_tpgm.callbacks.base import check, is_number, to_cpu
+from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.callbacks.radius import RadiusCallback
 from lightning_tpgm.framework import pl
 from lightning_tpgm.norms import Norm
@@ -41,6 +42,9 @@ class FTPCallback(RadiusCallback):
         norm: ``"mars"`` or ``"l2"``, as in `TPGMCallback`.
         exclude: fnmatch patterns over parameter names; those are not constrained.
         pretrained: Where the anchors come from, as in `TPGMCallback`; None: the weights at the start of the fit.
+        log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
+            in `TPGMCallback`.
+        summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
@@ -52,6 +56,7 @@ class FTPCallback(RadiusCallback):
     FTPCallback(k=0.5, radius_lr=0.01, norm='mars', exclude=('head.*',))
     """
 
+    _KEY = "ftp"
     _SHOWN = ("k", "radius_lr", "norm", "exclude")
     _previous: dict[str, Tensor]
 
@@ -62,9 +67,11 @@ class FTPCallback(RadiusCallback):
         norm: Norm = "mars",
         exclude: Sequence[str] = (),
         pretrained: Pretrained | None = None,
+        log: Log = "summary",
+        summary: bool = False,
     ) -> None:
         check(is_number(k) and 0 <= k <= 1, "k", "a number in [0, 1]", k)
-        super().__init__(radius_lr, norm, exclude, pretrained)
+        super().__init__(radius_lr, norm, exclude, pretrained, log, summary)
         self.k = k
 
     @override

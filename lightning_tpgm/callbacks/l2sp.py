@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_tpgm.anchor import Pretrained
 from lightning_tpgm.callbacks.base import check, is_number
 from lightning_tpgm.callbacks.gradient import GradientCallback
+from lightning_tpgm.callbacks.observed import Log
 
 
 class L2SPCallback(GradientCallback):
@@ -23,6 +24,9 @@ class L2SPCallback(GradientCallback):
         strength: lambda, the weight of the penalty.
         exclude: fnmatch patterns over parameter names; those are not constrained.
         pretrained: Where the anchors come from, as in `TPGMCallback`; None: the weights at the start of the fit.
+        log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
+            in `TPGMCallback`.
+        summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
@@ -35,13 +39,19 @@ class L2SPCallback(GradientCallback):
     L2SPCallback(strength=0.1, exclude=('head.*',))
     """
 
+    _KEY = "l2sp"
     _SHOWN = ("strength", "exclude")
 
     def __init__(
-        self, strength: float = 1e-2, exclude: Sequence[str] = (), pretrained: Pretrained | None = None
+        self,
+        strength: float = 1e-2,
+        exclude: Sequence[str] = (),
+        pretrained: Pretrained | None = None,
+        log: Log = "summary",
+        summary: bool = False,
     ) -> None:
         check(is_number(strength) and strength >= 0, "strength", "a number that is not negative", strength)
-        super().__init__(exclude, pretrained)
+        super().__init__(exclude, pretrained, log, summary)
         self.strength = strength
 
     @override

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained
 from lightning_tpgm.callbacks.base import AnchoredCallback, check, is_number, unfreezes
+from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.framework import MisconfigurationException, callbacks_of, pl
 from lightning_tpgm.layout import Matrices
 from lightning_tpgm.norms import NORMS, Norm
@@ -27,14 +28,22 @@ class RadiusCallback(AnchoredCallback):
         norm: ``"mars"`` or ``"l2"``.
         exclude: See `AnchoredCallback`.
         pretrained: See `AnchoredCallback`.
+        log: See `ObservedCallback`.
+        summary: See `ObservedCallback`.
     """
 
     def __init__(
-        self, radius_lr: float, norm: Norm, exclude: Sequence[str] = (), pretrained: Pretrained | None = None
+        self,
+        radius_lr: float,
+        norm: Norm,
+        exclude: Sequence[str] = (),
+        pretrained: Pretrained | None = None,
+        log: Log = "summary",
+        summary: bool = False,
     ) -> None:
         check(is_number(radius_lr) and radius_lr > 0, "radius_lr", "a positive number", radius_lr)
         check(norm in NORMS, "norm", f"one of {', '.join(map(repr, NORMS))}", norm)
-        super().__init__(exclude, pretrained)
+        super().__init__(exclude, pretrained, log, summary)
         self.radius_lr = radius_lr
         self.norm = norm
         self.reset_method()
@@ -85,33 +94,61 @@ class RadiusCallback(AnchoredCallback):
         return dict(zip(self._radii.names, self._distances.tolist(), strict=True))
 
     @override
+    def quantities(self) -> dict[str, Tensor]:
+        """Radius, distance, ratio and whether it binds, as after the last projection."""
+        if not self._parameters:
+            return {}
+        if self._handles and not self.acts_after_steps():  # no radius yet
+            return {"distance": self._measure(self._layout.arrange(self._weights))[1]}
+        radius, reach = self._radii.value, self._reach
+        binds = radius < reach
+        ratios = torch.where(binds, ratio(radius, reach), 1)
+        return {"radius": radius, "distance": self._distances, "ratio": ratios, "binds": binds}
+
+    @override
+    def quantities_are_at_hand(self) -> bool:
+        """Every projection knows them."""
+        return self.acts_after_steps()
+
+    @override
+    def growth(self) -> float:
+        """Adam's step is at most about its learning rate."""
+        return self.radius_lr
+
+    @override
     def reset_method(self) -> None:
         """Forgets the radii."""
         self._radii = Radii(self.radius_lr)
-        self._distances = self._mean_ratio = torch.empty(0)
+        self._distances = self._reach = torch.empty(0)  # after and before the last projection
 
     @override
     def joined(self, names: list[str]) -> None:
         """Gives each new parameter a radius."""
         self._place_radii()
         self._radii.add(names)
-        self._distances = torch.cat([self._distances, self._distances.new_zeros(len(names))])
+        zeros = self._distances.new_zeros(len(names))
+        self._distances, self._reach = torch.cat([self._distances, zeros]), torch.cat([self._reach, zeros])
 
     @override
     def method_state(self) -> dict[str, Any]:
         """Radii, their Adam state, and the last distances."""
-        return {"radii": self._radii.state_dict(), "distances": self._distances.cpu()}
+        return {
+            "radii": self._radii.state_dict(),
+            "distances": self._distances.cpu(),
+            "reach": self._reach.cpu(),
+        }
 
     @override
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Takes over radii and Adam state."""
         self._radii.load_state_dict(state["radii"])
         self._distances = state["distances"]
+        self._reach = state.get("reach", self._distances)  # older checkpoints have none
         self._place_radii()
 
     def _place_radii(self) -> None:
         self._radii.to(self._layout.scalar())
-        self._distances = self._distances.to(self._radii.value)
+        self._distances, self._reach = self._distances.to(self._radii.value), self._reach.to(self._radii.value)
 
     def _measure(self, weights: Matrices) -> tuple[Tensor, Tensor]:
         """The distances of all rows of this process's parts, and the largest of each constrained tensor."""
@@ -130,5 +167,4 @@ class RadiusCallback(AnchoredCallback):
 
     def _projected(self, largest: Tensor) -> None:
         """Note the largest distances after a projection, from those before it."""
-        ratios = ratio(self._radii.bounds, largest)  # of each tensor's farthest row
-        self._distances, self._mean_ratio = ratios * largest, ratios.mean()
+        self._distances, self._reach = ratio(self._radii.bounds, largest) * largest, largest

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained
 from lightning_tpgm.callbacks.base import AnchoredCallback, check, is_number
+from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.framework import pl
 from lightning_tpgm.layout import Matrices
 from lightning_tpgm.sharding import reshard
@@ -31,6 +32,9 @@ class SPDCallback(AnchoredCallback):
         strength: lambda; 1 takes back the whole growth of the distance.
         exclude: fnmatch patterns over parameter names; those are not constrained.
         pretrained: Where the anchors come from, as in `TPGMCallback`; None: the weights at the start of the fit.
+        log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
+            in `TPGMCallback`.
+        summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
@@ -43,13 +47,19 @@ class SPDCallback(AnchoredCallback):
     SPDCallback(strength=1.0, exclude=('head.*',))
     """
 
+    _KEY = "spd"
     _SHOWN = ("strength", "exclude")
 
     def __init__(
-        self, strength: float = 1.0, exclude: Sequence[str] = (), pretrained: Pretrained | None = None
+        self,
+        strength: float = 1.0,
+        exclude: Sequence[str] = (),
+        pretrained: Pretrained | None = None,
+        log: Log = "summary",
+        summary: bool = False,
     ) -> None:
         check(is_number(strength) and strength >= 0, "strength", "a number that is not negative", strength)
-        super().__init__(exclude, pretrained)
+        super().__init__(exclude, pretrained, log, summary)
         self.strength = strength
         self._before: Matrices = []
 

@@ -13,10 +13,11 @@ from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained
 from lightning_tpgm.callbacks.base import check
+from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.callbacks.radius import RadiusCallback
 from lightning_tpgm.evaluation import HeldOutLoss, Loss
-from lightning_tpgm.framework import MisconfigurationException, Tqdm, is_overridden, pl, rank_zero_warn
-from lightning_tpgm.heldout import HeldOutBatches, has_default_loaders, held_out_batches
+from lightning_tpgm.framework import MisconfigurationException, is_overridden, pl, rank_zero_warn, with_progress_bar
+from lightning_tpgm.heldout import HeldOutBatches, has_default_loaders, held_out_batches, warn_of_shared_examples
 from lightning_tpgm.isolation import no_trace
 from lightning_tpgm.layout import Matrices
 from lightning_tpgm.norms import Norm
@@ -53,6 +54,12 @@ class TPGMCallback(RadiusCallback):
             CLIP on ImageNet: ``norm="l2", radius_steps=200``). Checkpoints that were written during the fit hold the
             fine-tuned weights; ``trainer.save_checkpoint`` after it saves the projected ones, and
             `lightning_tpgm.project_checkpoint` projects one that exists.
+        log: What goes to the trainer's loggers at its ``log_every_n_steps``. ``"summary"``: ``tpgm/heldout_loss``,
+            ``tpgm/mean_ratio`` and ``tpgm/min_ratio`` (what the projection left of the deviation of a tensor's farthest
+            row; 1: inside the ball), ``tpgm/binding`` (the share of tensors whose constraint binds) and
+            ``tpgm/distance`` (of all tensors: the root of the sum of squares). ``"all"``: also
+            ``tpgm_radius/NAME`` and ``tpgm_distance/NAME`` of each tensor. ``"none"``: nothing.
+        summary: Whether the fit ends with a printed table of the tensors that moved most and least; needs rich.
 
     Raises:
         MisconfigurationException: For an argument out of its range, in the constructor; when the fit is set up, for
@@ -69,6 +76,8 @@ class TPGMCallback(RadiusCallback):
     """
 
     _SHOWN = ("radius_lr", "norm", "radius_steps", "every_n_steps", "exclude")
+    _KEY = "tpgm"
+    _IN_BAR = ("heldout_loss", "mean_ratio")
     _held_out: HeldOutBatches | None
     _held_out_state: dict[str, int]
     _held_out_loss: Tensor | None
@@ -86,8 +95,10 @@ class TPGMCallback(RadiusCallback):
         pretrained: Pretrained | None = None,
         loss: Loss = None,
         when: Literal["training", "fit_end"] = "training",
+        log: Log = "summary",
+        summary: bool = False,
     ) -> None:
-        super().__init__(radius_lr, norm, exclude, pretrained)
+        super().__init__(radius_lr, norm, exclude, pretrained, log, summary)
         given: object = dataloader
         usable = given is None or isinstance(given, Iterable) or callable(given)
         check(usable, "dataloader", "a loader, a function that returns one, an import path or None", dataloader)
@@ -159,18 +170,18 @@ class TPGMCallback(RadiusCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Shows the held-out loss in the progress bar; warns of skipped updates."""
+        """Also shows the held-out loss in the progress bar; warns of skipped updates."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._held_out_loss is not None:
-            summary = {"tpgm/heldout_loss": self._held_out_loss, "tpgm/mean_ratio": self._mean_ratio}
-            pl_module.log_dict(summary, prog_bar=True, logger=False)
+            shown = {"heldout_loss": self._held_out_loss, "mean_ratio": self.quantities()["ratio"].mean()}
+            self._log_dict(trainer, pl_module, shown, prog_bar=True)
             self._held_out_loss = None
         if self._may_look(trainer, batch_idx):
             self._warn_of_skipped()
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def at_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Learns the radii now, if that was asked for."""
-        super().on_train_end(trainer, pl_module)
         if not self.acts_after_steps() and self._parameters:
             self.constrain_now(trainer, pl_module)
 
@@ -188,6 +199,16 @@ class TPGMCallback(RadiusCallback):
             self._close_held_out()
 
     # ---- the method
+
+    @override
+    def growth(self) -> float:
+        """Counts the updates of a step."""
+        return super().growth() * self.radius_steps / self.every_n_steps
+
+    @override
+    def scalars(self) -> dict[str, Tensor]:
+        """The held-out loss of the last update, if it was not logged yet."""
+        return {} if self._held_out_loss is None else {"heldout_loss": self._held_out_loss}
 
     @override
     def reset_method(self) -> None:
@@ -224,11 +245,9 @@ class TPGMCallback(RadiusCallback):
 
     def constrain_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make all radius updates at once, with a progress bar, and project the weights."""
-        shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
+        updates = with_progress_bar(trainer, range(self.radius_steps), "Learning radii")
         with torch.no_grad():
-            self._constrain(
-                trainer, pl_module, Tqdm(range(self.radius_steps), desc="Learning radii", disable=not shown)
-            )
+            self._constrain(trainer, pl_module, updates)
         self._warn_of_skipped()
 
     def _constrain(
@@ -279,6 +298,7 @@ class TPGMCallback(RadiusCallback):
         with no_trace(trainer, pl_module):
             if self._held_out is None:
                 self._held_out = held_out_batches(trainer, pl_module, self.dataloader, self._held_out_state)
+                warn_of_shared_examples(trainer, self._held_out)
             loss, grads = self._evaluate(trainer, pl_module, self._held_out.draw(), parameters)
         if loss is None and trainer.world_size == 1:
             return  # "skip this batch"; several processes must go on together: not a number skips it on all of them

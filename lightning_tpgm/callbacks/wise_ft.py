@@ -13,7 +13,9 @@ from typing_extensions import override
 
 from lightning_tpgm.anchor import Pretrained, capture, match_pretrained, read_pretrained
 from lightning_tpgm.callbacks.base import AnchoredCallback, check, configuration_errors, is_number
+from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.framework import MisconfigurationException, pl, rank_zero_info
+from lightning_tpgm.plotting import axes_for
 from lightning_tpgm.projection import project
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import local, reshard
@@ -34,6 +36,9 @@ class WiSEFTCallback(AnchoredCallback):
             alpha by a validation metric.
         exclude: fnmatch patterns over parameter and buffer names; those keep their fine-tuned value.
         pretrained: Where the anchors come from, as in `TPGMCallback`; None: the weights at the start of the fit.
+        log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
+            in `TPGMCallback`.
+        summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing to interpolate.
@@ -44,14 +49,20 @@ class WiSEFTCallback(AnchoredCallback):
     WiSEFTCallback(alpha=0.5, exclude=())
     """
 
+    _KEY = "wise_ft"
     _SHOWN = ("alpha", "exclude")
     _constrains_buffers = True
 
     def __init__(
-        self, alpha: float | None = 0.5, exclude: Sequence[str] = (), pretrained: Pretrained | None = None
+        self,
+        alpha: float | None = 0.5,
+        exclude: Sequence[str] = (),
+        pretrained: Pretrained | None = None,
+        log: Log = "summary",
+        summary: bool = False,
     ) -> None:
         check(alpha is None or (is_number(alpha) and 0 <= alpha <= 1), "alpha", "a number in [0, 1] or None", alpha)
-        super().__init__(exclude, pretrained)
+        super().__init__(exclude, pretrained, log, summary)
         self.alpha = alpha
 
     @override
@@ -62,9 +73,8 @@ class WiSEFTCallback(AnchoredCallback):
             self._check_has_the_last_word(trainer)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def at_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Interpolates."""
-        super().on_train_end(trainer, pl_module)
         if self.alpha is not None:
             interpolate(pl_module, self._parameters, self._anchor, self._parameters, self.alpha)
 
@@ -123,8 +133,11 @@ class WiSEFTSweep:
 
         return max(zip(self.alphas, self.values, strict=True), key=rank)[0]
 
-    def plot(self) -> tuple[Any, Any]:
+    def plot(self, ax: Any = None) -> tuple[Any, Any]:
         """Draw the metric over alpha.
+
+        Args:
+            ax: Matplotlib axes to draw into; None: a new figure.
 
         Returns:
             The matplotlib figure and axes.
@@ -132,11 +145,7 @@ class WiSEFTSweep:
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib import pyplot as plt
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("Plots need matplotlib: pip install 'lightning-tpgm[plots]'.") from error
-        figure, axes = plt.subplots()
+        figure, axes = axes_for(ax)
         axes.plot(self.alphas, self.values, marker="o")
         axes.axvline(self.best_alpha, linestyle=":", color="grey")
         axes.set(xlabel="alpha (0: pretrained, 1: fine-tuned)", ylabel=self.monitor)
