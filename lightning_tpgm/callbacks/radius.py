@@ -99,7 +99,7 @@ class RadiusCallback(AnchoredCallback):
         if not self._parameters:
             return {}
         if self._handles and not self.acts_after_steps():  # no radius yet
-            return {"distance": self._measure(self._layout.arrange(self._weights))[1]}
+            return super().quantities()
         radius, reach = self._radii.value, self._reach
         binds = radius < reach
         ratios = torch.where(binds, ratio(radius, reach), 1)
