@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -165,7 +166,7 @@ def _judge(layer: nn.Module) -> tuple[bool, bool]:
     whole = layer._parameters.get("weight")
     if weight is None or whole is None or not weight.numel():
         return False, False
-    bound = whole[0].numel() ** -0.5
+    bound = prod(whole.shape[1:]) ** -0.5  # not `whole[0]`: of a split tensor every process would have to ask for it
     inside = bool(weight.abs().max() <= 1.01 * bound) and (bias is None or bool(bias.abs().max() <= 1.01 * bound))
     filled = weight.numel() < _ENOUGH or abs(float(weight.float().std()) * 3**0.5 / bound - 1) < 0.1
     return inside and filled, not inside and bias is not None and bool(bias.any())
