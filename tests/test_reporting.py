@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, TPGMCallba
 from lightning_tpgm.history import History
 from lightning_tpgm.plotting import SHOWN_NAMES, plot_layers, plot_steps
 from lightning_tpgm.reporting import print_table, rows_of
-from properties import assert_same, distances
+from properties import assert_same, distances, resolution
 from toys import quiet_trainer, toy, train_loader, val_loader
 
 matplotlib.use("Agg")
@@ -52,7 +53,8 @@ def test_report_is_plain_data() -> None:
         assert row["shape"] == tuple(parameter.shape)
         assert (row["radius"], row["distance"]) == (callback.radii[name], callback.distances[name])
         deviation = parameter.detach().double() - callback.anchor[name].double()
-        assert row["distance"] == pytest.approx(max(distances(deviation, "mars")), rel=1e-4, abs=1e-7)
+        rounding = max(resolution(parameter, callback.anchor[name], "mars"))
+        assert row["distance"] == pytest.approx(max(distances(deviation, "mars")), rel=1e-5, abs=rounding)
         assert row["binds"] is (row["ratio"] < 1)
         types = {type(row[key]) for key in ("radius", "distance", "ratio")}
         assert types == {float}
@@ -277,6 +279,10 @@ def test_matplotlib_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- progress
 
 
+@pytest.mark.skipif(
+    "_live_stack" not in inspect.getsource(RichProgressBar._init_progress),
+    reason="this Lightning's own RichProgressBar does not run with rich 14.1 or newer",
+)
 def test_own_bar_beside_a_rich_bar(capsys: pytest.CaptureFixture[str]) -> None:
     """The updates at the fit's end show in the bar that the trainer has."""
     callback = TPGMCallback(when="fit_end", radius_steps=3)
