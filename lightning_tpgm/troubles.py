@@ -113,6 +113,7 @@ def never_trained(module: nn.Module) -> str | None:
     Only what training never leaves behind counts: every normalisation layer with weights of exactly 1 and biases of
     exactly 0; or, in a module of nothing but linear and convolution layers, weights that fill the interval of torch's
     default initialisation, +- 1 / sqrt(fan_in), and never leave it. A layer that looks trained speaks against it.
+    Where parameters are split over processes each looks at its own part: nothing here is collective.
     """
     norms = linear = entries = 0
     others = False
@@ -164,10 +165,10 @@ def _judge(layer: nn.Module) -> tuple[bool, bool]:
     """Whether a layer is as torch initialises it, and whether it looks trained; it may be neither."""
     weight, bias = _values(layer, "weight"), _values(layer, "bias")
     whole = layer._parameters.get("weight")
-    if weight is None or whole is None or not weight.numel():
+    if weight is None or whole is None:
         return False, False
-    bound = prod(whole.shape[1:]) ** -0.5  # not `whole[0]`: of a split tensor every process would have to ask for it
-    inside = bool(weight.abs().max() <= 1.01 * bound) and (bias is None or bool(bias.abs().max() <= 1.01 * bound))
+    bound = prod(whole.shape[1:]) ** -0.5  # no indexing: of a split tensor that would be collective
+    inside = all(bool((own.abs() <= 1.01 * bound).all()) for own in (weight, bias) if own is not None)
     filled = weight.numel() < _ENOUGH or abs(float(weight.float().std()) * 3**0.5 / bound - 1) < 0.1
     return inside and filled, not inside and bias is not None and bool(bias.any())
 

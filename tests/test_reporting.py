@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, TPGMCallba
 from lightning_tpgm.history import History
 from lightning_tpgm.plotting import SHOWN_NAMES, plot_layers, plot_steps
 from lightning_tpgm.reporting import print_table, rows_of
-from properties import assert_same, distances
+from properties import assert_same, distances, resolution
 from toys import quiet_trainer, toy, train_loader, val_loader
 
 matplotlib.use("Agg")
@@ -32,6 +33,7 @@ def _close_figures() -> Any:
 
 
 def fitted(callback: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
     quiet_trainer(callback, **options).fit(toy(), train_loader(), val_loader())
     return callback
 
@@ -52,7 +54,8 @@ def test_report_is_plain_data() -> None:
         assert row["shape"] == tuple(parameter.shape)
         assert (row["radius"], row["distance"]) == (callback.radii[name], callback.distances[name])
         deviation = parameter.detach().double() - callback.anchor[name].double()
-        assert row["distance"] == pytest.approx(max(distances(deviation, "mars")), rel=1e-4, abs=1e-7)
+        rounding = max(resolution(parameter, callback.anchor[name], "mars"))
+        assert row["distance"] == pytest.approx(max(distances(deviation, "mars")), rel=1e-5, abs=rounding)
         assert row["binds"] is (row["ratio"] < 1)
         types = {type(row[key]) for key in ("radius", "distance", "ratio")}
         assert types == {float}
@@ -215,7 +218,8 @@ def test_heat_map_ends_with_the_present(quantity: str) -> None:
     drawn = axes.collections[0].get_array()
     expected = [row[quantity] for row in callback.report()]
     assert drawn.shape == (len(expected), 6)
-    assert drawn[:, -1].tolist() == pytest.approx(expected)
+    lowest = drawn.min()  # a zero is drawn as the lowest colour
+    assert drawn[:, -1].tolist() == pytest.approx([max(value, lowest) for value in expected])
 
 
 def test_heat_map_adds_the_end_of_the_fit() -> None:
@@ -277,6 +281,10 @@ def test_matplotlib_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- progress
 
 
+@pytest.mark.skipif(
+    "_live_stack" not in inspect.getsource(RichProgressBar._init_progress),
+    reason="this Lightning's own RichProgressBar does not run with rich 14.1 or newer",
+)
 def test_own_bar_beside_a_rich_bar(capsys: pytest.CaptureFixture[str]) -> None:
     """The updates at the fit's end show in the bar that the trainer has."""
     callback = TPGMCallback(when="fit_end", radius_steps=3)
