@@ -69,13 +69,16 @@ class HeldOutLoss:
             if loss is None:
                 return None, [None for _ in parameters]
             scale = _loss_scale(trainer, loss)
+            scaled = loss if scale is None else loss * scale
             grads: Sequence[Tensor | None]
             if by_backward:
-                torch.autograd.backward(loss * scale)
+                torch.autograd.backward(scaled)
                 grads = [parameter.grad for parameter in parameters]
             else:
-                grads = _autograd_grad(loss * scale, parameters)
-        return loss.detach(), [None if grad is None else grad / scale for grad in grads]
+                grads = _autograd_grad(scaled, parameters)
+            if scale is not None:
+                grads = [None if grad is None else grad.detach() / scale for grad in grads]
+        return loss.detach(), list(grads)
 
     def _value(self, trainer: pl.Trainer, pl_module: pl.LightningModule, drawn: HeldOutBatch) -> Tensor | None:
         with _validating(trainer):
@@ -142,11 +145,10 @@ def _validating(trainer: pl.Trainer) -> Iterator[None]:
         trainer.state.stage = stage
 
 
-def _loss_scale(trainer: pl.Trainer, loss: Tensor) -> Tensor:
-    """What the trainer's gradient scaler multiplies a loss with, without waiting for the device; 1 without a scaler."""
+def _loss_scale(trainer: pl.Trainer, loss: Tensor) -> Tensor | None:
+    """What the trainer's gradient scaler multiplies a loss with, without waiting for the device; None without one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    one = torch.ones_like(loss, requires_grad=False)
-    return one if scaler is None else scaler.scale(one)
+    return None if scaler is None else scaler.scale(torch.ones_like(loss, requires_grad=False))
 
 
 @contextmanager

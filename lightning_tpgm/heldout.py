@@ -158,7 +158,8 @@ def held_out_batches(
 
 def warn_of_shared_examples(trainer: pl.Trainer, batches: HeldOutBatches) -> None:
     """Warn if the held-out data are known to hold training data."""
-    shared, count = shared_examples(_flat(trainer.train_dataloader or []), batches.loaders)
+    training = trainer.train_dataloader  # not its truth, which is a length that it may not have
+    shared, count = shared_examples([] if training is None else _flat(training), batches.loaders)
     if shared:
         rank_zero_warn(
             f"{shared} of the {count} held-out examples are training examples, too: radii that are learned on them let"

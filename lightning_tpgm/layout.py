@@ -56,6 +56,7 @@ class Layout:
         self._device = tensors[0].device if tensors else torch.device("cpu")
         owners = [index for group in self._groups for index in group.indices for _ in range(group.rows_each)]
         self.tensor_of_row = self.on_device(owners, torch.long)
+        self._tensors = self.on_device([index for group in self._groups for index in group.indices], torch.long)
         self._sizes = [group.rows for group in self._groups]
 
     def rows_of(self, indices: Sequence[int]) -> Tensor:
@@ -168,7 +169,10 @@ class Layout:
 
     def total(self, rows: Tensor) -> Tensor:
         """The sum over each tensor's rows, shape (T,)."""
-        return rows.new_zeros(self._count).index_add(0, self.tensor_of_row, rows)
+        # not by `index_add`: on a GPU its order changes, and processes would differ in the last digits
+        parts = zip(self._groups, rows.split(self._sizes), strict=True)  # type: ignore[no-untyped-call]
+        sums = torch.cat([part.view(len(group.indices), group.rows_each).sum(dim=1) for group, part in parts])
+        return torch.empty_like(sums).index_copy(0, self._tensors, sums)
 
     def scalar(self) -> Tensor:
         """A scalar of the device and dtype of what is computed."""

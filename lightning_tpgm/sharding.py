@@ -39,7 +39,9 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def local_gradient(grad: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a gradient, split like its parameter."""
+    """This process's part of a gradient, split like its parameter, and dense."""
+    if grad.is_sparse:
+        grad = grad.to_dense()
     if isinstance(grad, DTensor) and isinstance(parameter, DTensor):
         grad = grad.redistribute(placements=parameter.placements)
     return local(grad)

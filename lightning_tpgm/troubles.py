@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -104,6 +104,7 @@ class Watch:
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others cannot be compared everywhere
 _ENOUGH = 256  # entries from which a uniform distribution can be recognised
 
 
@@ -144,7 +145,7 @@ def never_trained(module: nn.Module) -> str | None:
 def _values(part: nn.Module, name: str) -> Tensor | None:
     """A parameter of the module itself, not computed by a parametrization; this process's part."""
     parameter = part._parameters.get(name)
-    if parameter is None or not parameter.is_floating_point():
+    if parameter is None or parameter.dtype not in _DTYPES or not local(parameter).numel():
         return None
     return local(parameter.detach())
 
@@ -192,32 +193,32 @@ def shared_examples(training: Sequence[Any], held_out: Sequence[Any]) -> tuple[i
     """
     known = [found for found in map(_examples, training) if found is not None]
     shared = count = 0
-    for found in map(_examples, held_out):
-        if found is not None:
-            dataset, indices = found
-            seen = set().union(*(other for base, other in known if base is dataset))
-            shared, count = shared + len(indices & seen), count + len(indices)
+    for dataset, indices in (found for found in map(_examples, held_out) if found is not None):
+        drawn = set(indices)
+        seen = {index for base, others in known if base is dataset for index in others if index in drawn}
+        shared, count = shared + len(seen), count + len(drawn)
     return shared, count
 
 
-def _examples(loader: Any) -> tuple[Dataset[Any], set[int]] | None:
+def _examples(loader: Any) -> tuple[Dataset[Any], Iterable[int]] | None:
     """The data set at the bottom of a loader, and which of its examples are drawn."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     if type(loader.batch_sampler) not in (BatchSampler, type(None)) or not hasattr(loader.dataset, "__len__"):
         return None
     sampler = loader.sampler
+    indices: Sequence[int]
     if isinstance(sampler, SubsetRandomSampler):
         indices = list(sampler.indices)
     elif isinstance(sampler, SequentialSampler | RandomSampler | DistributedSampler):
         source = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source
         if source is not loader.dataset:
             return None
-        indices = list(range(len(loader.dataset)))
+        indices = range(len(loader.dataset))
     else:
         return None
     dataset: Any = loader.dataset
     while isinstance(dataset, Subset):
         indices = [int(dataset.indices[index]) for index in indices]
         dataset = dataset.dataset
-    return dataset, set(indices)
+    return dataset, indices

@@ -21,7 +21,7 @@ from lightning_tpgm.history import History
 from lightning_tpgm.plotting import SHOWN_NAMES, plot_layers, plot_steps
 from lightning_tpgm.reporting import print_table, rows_of
 from properties import assert_same, distances, resolution
-from toys import quiet_trainer, toy, train_loader, val_loader
+from toys import Toy, quiet_trainer, toy, train_loader, val_loader
 
 matplotlib.use("Agg")
 
@@ -294,3 +294,25 @@ def test_own_bar_beside_a_rich_bar(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert "Learning radii" in captured.out
     assert "Learning radii" not in captured.err
+
+
+def test_ratio_of_a_tensor_that_another_optimizer_steps_stays() -> None:
+    """It is that of its own last projection, not of what the other optimizer's step finds inside the ball."""
+
+    class Two(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(self.hidden.parameters(), lr=0.5), torch.optim.SGD(self.head.parameters(), lr=0.5)]
+
+    callback = TPGMCallback(radius_lr=1e-4, loss="validation_step", exclude=["backbone.*", "norm.*", "scale"])
+    quiet_trainer(callback).fit(Two(), train_loader(), val_loader())
+    assert all(row["binds"] for row in callback.report())

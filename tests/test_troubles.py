@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
@@ -273,3 +274,45 @@ def test_a_tensor_that_starts_at_zero_counts_as_moved() -> None:
     for distance, alarms in ((1e-3, 0), (1e-9, 1)):
         quantities = {"distance": torch.tensor([0.0, distance])}
         assert len(list(Watch().look(100, quantities, lambda: sizes, growth=0.0))) == alarms
+
+
+def test_training_data_without_length_are_looked_at_without_harm() -> None:
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(images(8, seed=1))
+
+    quiet_trainer(TPGMCallback(), limit_train_batches=2).fit(toy(), DataLoader(Endless(), 4), val_loader())
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [nn.Parameter(torch.empty(0)), nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False)],
+    ids=["a split bias of which this process has nothing", "a type that cannot be compared"],
+)
+def test_odd_tensors_are_no_evidence(odd: nn.Parameter) -> None:
+    layer = nn.ConvTranspose2d(16, 3, 2)
+    layer.bias = odd
+    never_trained(layer)
+
+
+@pytest.mark.parametrize("method", ["tpgm", "spd", "l2sp"])
+def test_sparse_gradients(method: str) -> None:
+    class Sparse(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, 2, sparse=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.table(torch.zeros(len(x), dtype=torch.long))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    callback = {"tpgm": TPGMCallback, "spd": SPDCallback, "l2sp": L2SPCallback}[method]()
+    fit = partial(quiet_trainer(callback).fit, Sparse(), train_loader(), val_loader())
+    if method == "l2sp":
+        with pytest.raises(MisconfigurationException, match=r"'table\.weight' is sparse"):
+            fit()
+    else:
+        fit()
+        assert callback.anchor["table.weight"].shape == (4, 2)

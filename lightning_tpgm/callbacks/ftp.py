@@ -126,7 +126,7 @@ class FTPCallback(RadiusCallback):
 
         self._remember([name for name, grad in zip(self._parameters, grads, strict=True) if grad is not None])
         self._project(pl_module, weights, distances, moved=[grad is not None for grad in grads])
-        self._projected(largest)
+        self._projected(largest, moved=stepped)
 
     def _remember(self, names: list[str]) -> None:
         """Keep the present weights, in the memory of those of the last step."""
@@ -141,6 +141,6 @@ class FTPCallback(RadiusCallback):
         """dgamma of each tensor, shape (T,); 0 for those without gradient or previous step."""
         layout = self._layout
         previous = layout.arrange([local(self._previous.get(name, anchor)) for name, anchor in self._anchor.items()])
-        distances, _ = self._measure(previous)
+        distances = self._sharding.distances(layout.distances(previous, self._anchors))
         dots = layout.dots(layout.arrange(grads), previous, self._anchors)
         return self._sharding.total(layout.total(dots / (distances + EPS)))

@@ -29,6 +29,12 @@ class GradientCallback(AnchoredCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Changes the gradients: they are unscaled and not clipped yet."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                raise MisconfigurationException(
+                    f"{type(self).__name__} adds to gradients, and that of {name!r} is sparse. Build the layer with"
+                    f" sparse=False, or name it in `exclude`."
+                )
         if self._parameters:
             with torch.no_grad():
                 self.change_gradients(optimizer)

@@ -38,7 +38,7 @@ class ObservedCallback(Callback):
     """
 
     _KEY = ""  # what logged names begin with
-    _IN_BAR: tuple[str, ...] = ()  # what the method itself logs at each of its updates
+    _IN_BAR: tuple[str, ...] = ()  # what the method itself logs after every batch
 
     def __init__(self, log: Log, summary: bool) -> None:
         if log not in get_args(Log):

@@ -165,6 +165,7 @@ class RadiusCallback(AnchoredCallback):
         ratios = ratio(self._layout.of_rows(self._radii.bounds), distances)
         self._layout.project(targets, weights, self._anchors, ratios)
 
-    def _projected(self, largest: Tensor) -> None:
-        """Note the largest distances after a projection, from those before it."""
-        self._distances, self._reach = ratio(self._radii.bounds, largest) * largest, largest
+    def _projected(self, largest: Tensor, moved: Tensor) -> None:
+        """Note the largest distances after a projection, from those before it, of the tensors that were moved."""
+        self._reach = torch.where(moved, largest, self._reach)
+        self._distances = ratio(self._radii.bounds, self._reach) * self._reach

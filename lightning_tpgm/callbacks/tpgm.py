@@ -173,9 +173,10 @@ class TPGMCallback(RadiusCallback):
         """Also shows the held-out loss in the progress bar; warns of skipped updates."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._held_out_loss is not None:
-            shown = {"heldout_loss": self._held_out_loss, "mean_ratio": self.quantities()["ratio"].mean()}
-            self._log_dict(trainer, pl_module, shown, prog_bar=True)
+            self._log_dict(trainer, pl_module, {"heldout_loss": self._held_out_loss}, prog_bar=True)
             self._held_out_loss = None
+        if self.acts_after_steps() and self._parameters:
+            self._log_dict(trainer, pl_module, {"mean_ratio": self.quantities()["ratio"].mean()}, prog_bar=True)
         if self._may_look(trainer, batch_idx):
             self._warn_of_skipped()
 
@@ -275,7 +276,7 @@ class TPGMCallback(RadiusCallback):
         finally:  # whatever happens, the weights are left inside the ball
             self._radii.clamp(largest, where=moved)
             self._project(pl_module, weights, distances, owned)
-            self._projected(largest)
+            self._projected(largest, moved)
 
     def _moved(self, owned: Sequence[bool], optimizer: Optimizer | None) -> Tensor:
         """Which tensors the step moved, shape (T,): all that the optimizer owns, or none."""
@@ -314,7 +315,7 @@ class TPGMCallback(RadiusCallback):
         finite = summary.isfinite().all()
         self._radii.adam(slope, where=finite & (used > 0) & moved)
         self._held_out_loss = summary[0]
-        self._skipped = self._skipped.to(finite.device) + ~finite
+        self._skipped = self._skipped + ~finite
 
     def _warn_of_skipped(self) -> None:
         if not self._warned and bool(self._skipped):
@@ -332,6 +333,7 @@ class TPGMCallback(RadiusCallback):
     @override
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._begin(trainer, pl_module)
+        self._skipped = self._skipped.to(self._layout.scalar().device)
         if not self._held_out_state:  # a fresh run: from now on the order of the held-out data is settled
             seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
             self._held_out_state = {"seed": seed, "drawn": 0, "passes": 0, "position": 0}
