@@ -161,7 +161,9 @@ def test_it_trains_inside_the_balls_with_a_falling_held_out_loss(constrained: Ru
     assert min(losses[1:]) < losses[0]
     assert set(constrained.tpgm.radii) == set(start)
     assert sum(not torch.equal(value, end[name]) for name, value in start.items()) > len(start) / 2
-    assert not [message for message in constrained.warnings if "TPGM" in message or "held-out" in message]
+    ours = [message for message in constrained.warnings if "TPGM" in message or "held-out" in message]
+    # true of modules that are built here and never pretrained; nothing else is complained of
+    assert not [message for message in ours if "look like a random initialisation" not in message]
 
 
 def test_anchors_are_the_weights_at_the_start(case: Case, constrained: Run) -> None:
