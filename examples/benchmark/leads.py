@@ -34,28 +34,14 @@ class LogRadii(Radii):
         self.value = radius * torch.exp(self.value - radius)
 
 
-class FreeLogRadii(LogRadii):
-    """The same without Adam's epsilon to speak of, which holds back what starts at the floor: its gradient is tiny."""
-
-    EPS = 1e-18
-
-
 class LogTPGM(TPGMCallback):
     """Learns log(gamma)."""
-
-    _radii_class: type[Radii] = LogRadii
 
     @override
     def reset_method(self) -> None:
         """Uses such radii."""
         super().reset_method()
-        self._radii = self._radii_class(self.radius_lr)
-
-
-class FreeLogTPGM(LogTPGM):
-    """Learns log(gamma), also from the floor."""
-
-    _radii_class = FreeLogRadii
+        self._radii = LogRadii(self.radius_lr)
 
 
 def left_derivative(dot: Tensor, distance: Tensor, radius: Tensor) -> Tensor:
@@ -87,7 +73,6 @@ class WideTPGM(TPGMCallback):
 LEADS = (
     Method("log radius, mars", over(radius_lr=(0.03, 0.1)), partial(LogTPGM, norm="mars")),
     Method("log radius, l2", over(radius_lr=(0.03, 0.1)), partial(LogTPGM, norm="l2")),
-    Method("log radius from the floor, l2", over(radius_lr=(0.03, 0.1)), partial(FreeLogTPGM, norm="l2")),
     Method("boundary gradient, l2", over(radius_lr=(0.01,)), partial(BoundaryTPGM, norm="l2")),
     Method("wide start, mars", over(radius_lr=(0.01,)), partial(WideTPGM, norm="mars")),
 )
