@@ -112,15 +112,11 @@ class Layout:
             anchors: W0.
             ratios: r of every row.
         """
-        groups = zip(self._groups, weights, anchors, torch.split(ratios.unsqueeze(1), self._sizes), strict=True)
-        for group, weight, anchor, ratio in groups:
-            if group.is_missing(tensors):
-                continue
-            projected = group.arrange(tensors)
-            for rows, columns in group.blocks:
-                block = project(weight[rows, columns], anchor[rows, columns], ratio[rows])
-                projected[rows, columns].copy_(block)
-            group.write(projected, tensors)
+
+        def write(target: Tensor, weight: Tensor, anchor: Tensor, ratio: Tensor) -> None:
+            target.copy_(project(weight, anchor, ratio))
+
+        self._rewrite(write, tensors, weights, anchors, ratios)
 
     def add_deviations(
         self, gradients: Sequence[Tensor | None], weights: Matrices, anchors: Matrices, factors: Tensor
@@ -133,15 +129,29 @@ class Layout:
             anchors: W0.
             factors: One of every row.
         """
-        groups = zip(self._groups, weights, anchors, torch.split(factors.unsqueeze(1), self._sizes), strict=True)
-        for group, weight, anchor, factor in groups:
-            if group.is_missing(gradients):
+
+        def add(gradient: Tensor, weight: Tensor, anchor: Tensor, factor: Tensor) -> None:
+            gradient.add_((factor * deviation(weight, anchor)).to(gradient.dtype))
+
+        self._rewrite(add, gradients, weights, anchors, factors)
+
+    def _rewrite(
+        self,
+        change: Callable[[Tensor, Tensor, Tensor, Tensor], None],
+        tensors: Sequence[Tensor | None],
+        weights: Matrices,
+        anchors: Matrices,
+        values: Tensor,
+    ) -> None:
+        """Change the tensors in place, block by block, given W, W0 and the values of the rows; None is left alone."""
+        groups = zip(self._groups, weights, anchors, torch.split(values.unsqueeze(1), self._sizes), strict=True)
+        for group, weight, anchor, value in groups:
+            if group.is_missing(tensors):
                 continue
-            changed = group.arrange(gradients)
+            matrix = group.arrange(tensors)
             for rows, columns in group.blocks:
-                d = deviation(weight[rows, columns], anchor[rows, columns])
-                changed[rows, columns].add_((factor[rows] * d).to(changed.dtype))
-            group.write(changed, gradients)
+                change(matrix[rows, columns], weight[rows, columns], anchor[rows, columns], value[rows])
+            group.write(matrix, tensors)
 
     def _norm(self, matrix: Tensor) -> Tensor:
         return row_norm(matrix, (1,), self._kind).squeeze(1)
