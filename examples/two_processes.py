@@ -51,6 +51,7 @@ def main() -> None:
         for name, radius in callback.radii.items():
             print(f"{name:22s} radius {radius:.4f}  distance {callback.distances[name]:.4f}")
         print(f"{trainer.world_size} ranks, largest difference of a radius: {float(difference)}")
+    torch.distributed.destroy_process_group()  # gloo's threads, left running, may abort the process at its end
 
 
 if __name__ == "__main__":

@@ -225,6 +225,7 @@ def main(folder: Path) -> None:
             print(case, flush=True)
         results[case] = train(**options, rank=rank, world_size=world_size)
     torch.save(results, folder / f"rank-{rank}.pt")
+    torch.distributed.destroy_process_group()  # gloo's threads, left running, may abort the process at its end
 
 
 if __name__ == "__main__":

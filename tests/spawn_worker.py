@@ -6,6 +6,7 @@ knows afterwards.
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ class Write(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         found = {"rows": self.loss.rows, **known(self.callback, pl_module)}
         (self.folder / f"rank-{trainer.global_rank}.json").write_text(json.dumps(found))
+        atexit.register(torch.distributed.destroy_process_group)  # gloo's threads, left running, may abort it
 
 
 def known(callback: TPGMCallback, module: Classifier) -> dict[str, Any]:
