@@ -45,6 +45,7 @@ class Layout:
     Attributes:
         dtype: Of what is computed: float64 if any tensor is, else float32.
         tensor_of_row: The index of the tensor that each row belongs to, shape (rows,).
+        roundoff: Half the eps of each row's own dtype, shape (rows,).
     """
 
     def __init__(self, tensors: Sequence[Tensor], norm: Norm) -> None:
@@ -58,6 +59,10 @@ class Layout:
         self.tensor_of_row = self.on_device(owners, torch.long)
         self._tensors = self.on_device([index for group in self._groups for index in group.indices], torch.long)
         self._sizes = [group.rows for group in self._groups]
+        halves = [torch.finfo(tensors[group.indices[0]].dtype).eps / 2 for group in self._groups]
+        self.roundoff = self.on_device(
+            [half for half, rows in zip(halves, self._sizes, strict=True) for _ in range(rows)], self.dtype
+        )
 
     def rows_of(self, indices: Sequence[int]) -> Tensor:
         """Where the rows of these tensors are in the long vector, in the order of the indices."""
@@ -84,11 +89,15 @@ class Layout:
 
     def distances(self, weights: Matrices, anchors: Matrices) -> Tensor:
         """n of every row, see `lightning_tpgm.norms.row_distance`."""
+        return self._of_rows(self._distance, self._norm, weights, anchors)
 
-        def distance(weight: Tensor, anchor: Tensor) -> Tensor:
-            return self._norm(deviation(weight, anchor))
+    def copied_distances(self, weights: Matrices, anchors: Matrices, copies: Matrices) -> Tensor:
+        """Like `distances`; the weights are written into the copies on the way, while they are in the cache."""
 
-        return self._of_rows(distance, self._norm, weights, anchors)
+        def copied(weight: Tensor, anchor: Tensor, copy: Tensor) -> Tensor:
+            return self._distance(copy.copy_(weight), anchor)
+
+        return self._of_rows(copied, self._norm, weights, anchors, copies)
 
     def norms(self, matrices: Matrices) -> Tensor:
         """The norm of every row itself."""
@@ -114,7 +123,7 @@ class Layout:
         """
 
         def write(target: Tensor, weight: Tensor, anchor: Tensor, ratio: Tensor) -> None:
-            target.copy_(project(weight, anchor, ratio))
+            project(weight, anchor, ratio, out=target)
 
         self._rewrite(write, tensors, weights, anchors, ratios)
 
@@ -153,6 +162,9 @@ class Layout:
                 change(matrix[rows, columns], weight[rows, columns], anchor[rows, columns], value[rows])
             group.write(matrix, tensors)
 
+    def _distance(self, weight: Tensor, anchor: Tensor) -> Tensor:
+        return self._norm(deviation(weight, anchor))
+
     def _norm(self, matrix: Tensor) -> Tensor:
         return row_norm(matrix, (1,), self._kind).squeeze(1)
 
@@ -165,7 +177,7 @@ class Layout:
             parts = [function(*(matrix[block] for matrix in matrices)) for block in group.blocks]
             value = combine(torch.stack(parts, dim=1)) if group.one_row else torch.cat(parts)
             found.append(value.to(self.dtype))
-        return torch.cat(found)
+        return torch.cat(found) if found else torch.empty(0, dtype=self.dtype, device=self._device)
 
     # ---- from rows to tensors and back
 

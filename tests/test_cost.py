@@ -95,3 +95,19 @@ def test_cheap_no_intermediate_result_is_larger_than_a_block(method: str, monkey
     kept = {"spd": 2, "digrap": 2}  # the weights before the step
     assert sum(size > 100 for size in sizes) == kept.get(method, 0)
     assert 100 in sizes
+
+
+def test_cheap_the_weights_before_a_projection_are_kept_in_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    after_optimizer_step = TPGMCallback.after_optimizer_step
+
+    def noted(self: TPGMCallback, *args: Any) -> None:
+        after_optimizer_step(self, *args)
+        seen.append([matrix.data_ptr() for matrix in self._kept])
+
+    monkeypatch.setattr(TPGMCallback, "after_optimizer_step", noted)
+    callback = TPGMCallback(DataLoader(torch.ones(2, 1), 1))
+    quiet_trainer(callback, max_steps=3, max_epochs=None).fit(Scales(2, 4), DataLoader(torch.ones(3, 1), 1))
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0]) == 1
+    assert not callback._kept

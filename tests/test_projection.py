@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import reference
 from lightning_tpgm.norms import deviation, row_distance
-from lightning_tpgm.projection import EPS, MIN_RADIUS, legal_radius, project, radius_gradient, ratio
+from lightning_tpgm.projection import EPS, MIN_RADIUS, legal_radius, project, radius_gradient, ratio, safe_ratio
 from properties import (
     assert_idempotent,
     assert_same_direction,
@@ -37,7 +37,9 @@ class Case(NamedTuple):
     def project(self, weight: Tensor, radius: float | Tensor) -> Tensor:
         """The composition that the callbacks use."""
         distance = row_distance(deviation(weight, self.anchor), self.norm)
-        return project(weight, self.anchor, ratio(torch.as_tensor(radius, dtype=distance.dtype), distance))
+        size = row_distance(deviation(self.anchor, torch.zeros_like(self.anchor)), self.norm)
+        roundoff = distance.new_tensor(torch.finfo(weight.dtype).eps / 2)
+        return project(weight, self.anchor, safe_ratio(distance.new_tensor(radius), distance, size, roundoff))
 
 
 @st.composite
@@ -90,10 +92,30 @@ def test_outside_lands_on_the_sphere(case: Case, fraction: float) -> None:
     assert_idempotent(lambda weight: case.project(weight, radius), case.weight, case.anchor, case.norm)
     after = distances(projected.double() - case.anchor.double(), case.norm)
     rounding = max(resolution(projected, case.anchor, case.norm))
-    assert max(after) >= radius * (1 - 1e-5) - 1.01 * EPS - rounding
+    # what was taken off the radius, at most 3/2 of this resolution, and what rounding takes off, at most 1/2
+    assert max(after) >= radius * (1 - 1e-5) - 1.01 * EPS - 2 * rounding
     expected = reference.project(case.anchor, case.weight, radius, case.norm)
     atol = 2 * torch.finfo(case.weight.dtype).eps * float(case.weight.abs().maximum(case.anchor.abs()).amax())
     torch.testing.assert_close(projected.double(), expected, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["mars", "l2"])
+@pytest.mark.parametrize("shape", [(768,), (16, 4608)])
+def test_rounding_does_not_leave_the_ball(shape: tuple[int, ...], norm: Any, dtype: torch.dtype) -> None:
+    """Many weights that moved little: half a unit in the last place of each adds up, and is taken off the radius."""
+    generator = torch.Generator().manual_seed(0)
+    anchor = torch.rand(shape, generator=generator) + 1
+    eps = torch.finfo(dtype).eps
+    for steps in (0.6, 3, 30, 1000):
+        weight = (anchor.to(dtype) + steps * eps * torch.randn(shape, generator=generator)).to(dtype)
+        case = Case(weight, anchor.to(dtype), norm)
+        n = float(case.distance().amax())
+        margin = eps / 2 * max(distances(case.anchor.double(), norm))
+        for fraction in (0.001, 0.1, 0.5, 0.9, 0.999):
+            after = max(distances(case.project(weight, fraction * n).double() - case.anchor.double(), norm))
+            assert after <= fraction * n * (1 + 1e-5)
+            assert after >= fraction * n - 2.01 * margin - 1.5 * eps * fraction * n
 
 
 @draws

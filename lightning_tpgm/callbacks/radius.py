@@ -15,7 +15,7 @@ from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.framework import MisconfigurationException, callbacks_of, pl
 from lightning_tpgm.layout import Matrices
 from lightning_tpgm.norms import NORMS, Norm
-from lightning_tpgm.projection import ratio
+from lightning_tpgm.projection import ratio, safe_ratio
 from lightning_tpgm.radii import Radii
 from lightning_tpgm.sharding import reshard
 
@@ -146,13 +146,25 @@ class RadiusCallback(AnchoredCallback):
         self._reach = state.get("reach", self._distances)  # older checkpoints have none
         self._place_radii()
 
+    @override
+    def _arrange(self) -> None:
+        super()._arrange()
+        self._row_sizes = self._sharding.distances(self._layout.norms(self._anchors))
+
     def _place_radii(self) -> None:
         self._radii.to(self._layout.scalar())
         self._distances, self._reach = self._distances.to(self._radii.value), self._reach.to(self._radii.value)
 
-    def _measure(self, weights: Matrices) -> tuple[Tensor, Tensor]:
-        """The distances of all rows of this process's parts, and the largest of each constrained tensor."""
-        distances = self._sharding.distances(self._layout.distances(weights, self._anchors))
+    def _measure(self, weights: Matrices, copies: Matrices | None = None) -> tuple[Tensor, Tensor]:
+        """The distances of all rows of this process's parts, and the largest of each constrained tensor.
+
+        The weights are copied on the way, if that is asked for.
+        """
+        if copies is None:
+            parts = self._layout.distances(weights, self._anchors)
+        else:
+            parts = self._layout.copied_distances(weights, self._anchors, copies)
+        distances = self._sharding.distances(parts)
         return distances, self._sharding.largest(self._layout.largest(distances))
 
     def _project(self, pl_module: nn.Module, weights: Matrices, distances: Tensor, moved: Sequence[bool]) -> None:
@@ -162,7 +174,8 @@ class RadiusCallback(AnchoredCallback):
         """
         reshard(pl_module)
         targets = [weight if written else None for weight, written in zip(self._weights, moved, strict=True)]
-        ratios = ratio(self._layout.of_rows(self._radii.bounds), distances)
+        bounds = self._layout.of_rows(self._radii.bounds)
+        ratios = safe_ratio(bounds, distances, self._row_sizes, self._layout.roundoff)
         self._layout.project(targets, weights, self._anchors, ratios)
 
     def _projected(self, largest: Tensor, moved: Tensor) -> None:

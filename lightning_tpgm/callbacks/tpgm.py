@@ -81,6 +81,7 @@ class TPGMCallback(RadiusCallback):
     _held_out: HeldOutBatches | None
     _held_out_state: dict[str, int]
     _held_out_loss: Tensor | None
+    _kept: Matrices
     _warned: bool
 
     def __init__(
@@ -194,10 +195,11 @@ class TPGMCallback(RadiusCallback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Ends the held-out loader's workers."""
+        """Ends the held-out loader's workers, and lets go of memory that only a fit needs."""
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
             self._close_held_out()
+            self._kept = []
 
     # ---- the method
 
@@ -219,6 +221,7 @@ class TPGMCallback(RadiusCallback):
         self._held_out = None
         self._held_out_state = {}
         self._held_out_loss = None  # of the last update, until it is logged
+        self._kept = []  # memory for the weights before the projection
         self._skipped = torch.zeros((), dtype=torch.long)  # updates that were not finite
         self._warned = False
 
@@ -265,8 +268,13 @@ class TPGMCallback(RadiusCallback):
         if not any(owned):
             return
         moved = self._moved(owned, optimizer)
-        weights = self._layout.copy(self._weights) if updates else self._layout.arrange(self._weights)
-        distances, largest = self._measure(weights)
+        weights = self._layout.arrange(self._weights)
+        if updates:  # the parameters will hold projections
+            self._kept = self._kept or [torch.empty_like(matrix) for matrix in weights]
+            distances, largest = self._measure(weights, copies=self._kept)
+            weights = self._kept
+        else:
+            distances, largest = self._measure(weights)
         self._radii.start(self._sharding.smallest(self._layout.smallest(distances)) / 2, where=moved)
         try:
             for _ in updates:
@@ -329,6 +337,11 @@ class TPGMCallback(RadiusCallback):
         """Whether a value may be read from the device now: at the logging cadence, else a GPU would wait every step."""
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # a connector sets it
         return self._skipped.device.type == "cpu" or (batch_idx + 1) % every == 0
+
+    @override
+    def _arrange(self) -> None:
+        super()._arrange()
+        self._kept = []
 
     @override
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
