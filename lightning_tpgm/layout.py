@@ -125,7 +125,7 @@ class Layout:
         def write(target: Tensor, weight: Tensor, anchor: Tensor, ratio: Tensor) -> None:
             project(weight, anchor, ratio, out=target)
 
-        self._rewrite(write, tensors, weights, anchors, ratios)
+        self._rewrite(write, tensors, weights, anchors, ratios, reads=False)
 
     def add_deviations(
         self, gradients: Sequence[Tensor | None], weights: Matrices, anchors: Matrices, factors: Tensor
@@ -142,7 +142,7 @@ class Layout:
         def add(gradient: Tensor, weight: Tensor, anchor: Tensor, factor: Tensor) -> None:
             gradient.add_((factor * deviation(weight, anchor)).to(gradient.dtype))
 
-        self._rewrite(add, gradients, weights, anchors, factors)
+        self._rewrite(add, gradients, weights, anchors, factors, reads=True)
 
     def _rewrite(
         self,
@@ -151,16 +151,20 @@ class Layout:
         weights: Matrices,
         anchors: Matrices,
         values: Tensor,
+        reads: bool,
     ) -> None:
-        """Change the tensors in place, block by block, given W, W0 and the values of the rows; None is left alone."""
+        """Change the tensors in place, block by block, given W, W0 and the values of the rows; None is left alone.
+
+        ``reads`` says whether what the tensors hold enters the change.
+        """
         groups = zip(self._groups, weights, anchors, torch.split(values.unsqueeze(1), self._sizes), strict=True)
         for group, weight, anchor, value in groups:
             if group.is_missing(tensors):
                 continue
-            matrix = group.arrange(tensors)
+            matrix = group.open(tensors, reads)
             for rows, columns in group.blocks:
                 change(matrix[rows, columns], weight[rows, columns], anchor[rows, columns], value[rows])
-            group.write(matrix, tensors)
+            group.close(matrix, tensors)
 
     def _distance(self, weight: Tensor, anchor: Tensor) -> Tensor:
         return self._norm(deviation(weight, anchor))
@@ -245,6 +249,8 @@ class _Group:
         self._size, self._stride = first.size(), first.stride()
         self._is_view = first.numel() >= SHARED and _row_by_row(first, self.rows, self._length)
         self._zero = first.new_zeros(())
+        self._shapes = [self._zero.expand(tensors[index].size()) for index in indices]  # of no memory
+        self._parts: Sequence[Tensor] = []  # views of a matrix, shaped like the tensors
         block = _block(first)
         if self.one_row:
             self.blocks = [(slice(None), slice(i, i + block)) for i in range(0, max(1, self._length), block)]
@@ -259,7 +265,7 @@ class _Group:
         if self.is_missing(tensors):
             return self._zero.expand(self.rows, self._length)
         mine = (tensors[index] for index in self.indices)
-        present = [self._zero.expand(self._size) if tensor is None else tensor for tensor in mine]
+        present = [shape if tensor is None else tensor for tensor, shape in zip(mine, self._shapes, strict=True)]
         if not self._is_view:
             return _flatten(present).view(self.rows, self._length)
         (tensor,) = present
@@ -267,19 +273,30 @@ class _Group:
             tensor = tensor.new_empty_strided(self._size, self._stride).copy_(tensor)
         return tensor.as_strided((self.rows, self._length), (self._length, 1))
 
-    def separate(self, matrix: Tensor, tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    def open(self, tensors: Sequence[Tensor | None], reads: bool) -> Tensor:
+        """A matrix to change these tensors in; `close` says that it is done."""
         if self._is_view:
-            return [matrix.as_strided(self._size, self._stride)]
-        mine = (tensors[index] for index in self.indices)
-        shapes = [self._zero.expand(self._size) if tensor is None else tensor for tensor in mine]
-        return _unflatten(matrix.view(-1), shapes)
+            return self.arrange(tensors)
+        if not self._parts:  # kept: to make thousands of views takes longer than to fill them
+            self._matrix = self._zero.new_empty(self.rows, self._length)
+            self._parts = _unflatten(self._matrix.view(-1), self._shapes)
+        if reads:
+            present, parts = self._present(tensors)
+            torch._foreach_copy_(parts, present)
+        return self._matrix
 
-    def write(self, matrix: Tensor, tensors: Sequence[Tensor | None]) -> None:
-        pairs = zip((tensors[index] for index in self.indices), self.separate(matrix, tensors), strict=True)
-        changed = [(tensor, part) for tensor, part in pairs if tensor is not None and not _same_memory(tensor, part)]
-        if changed:
-            targets, sources = map(list, zip(*changed, strict=True))
-            torch._foreach_copy_(targets, sources)
+    def close(self, matrix: Tensor, tensors: Sequence[Tensor | None]) -> None:
+        """Bring the changes to the tensors, where these are not in the matrix."""
+        if not self._is_view:
+            torch._foreach_copy_(*self._present(tensors))
+        elif (tensor := tensors[self.indices[0]]) is not None and tensor.data_ptr() != matrix.data_ptr():
+            tensor.copy_(matrix.as_strided(self._size, self._stride))
+
+    def _present(self, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+        """The tensors that are not None, and their parts of the matrix."""
+        mine = (tensors[index] for index in self.indices)
+        pairs = [(tensor, part) for tensor, part in zip(mine, self._parts, strict=True) if tensor is not None]
+        return [tensor for tensor, _ in pairs], [part for _, part in pairs]
 
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:
@@ -302,7 +319,3 @@ def _row_by_row(tensor: Tensor, rows: int, length: int) -> bool:
             return False
         expected *= size
     return rows == 1 or tensor.stride(0) == length
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr()
