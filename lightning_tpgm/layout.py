@@ -15,10 +15,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-# Contiguous copy of all tensors in one vector, and views of such a vector shaped like them: one call for thousands.
-# Private, but what DistributedDataParallel itself is built on; a test pins both.
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-
 from lightning_tpgm.norms import Norm, deviation, row_dims, row_norm
 from lightning_tpgm.projection import project
 
@@ -34,7 +30,7 @@ Matrices = list[Tensor]
 
 
 class Layout:
-    """Arranges tensors as matrices of rows, by groups: a large tensor each, or small ones with rows of one length.
+    """Arranges tensors as matrices of rows, by groups: a large tensor each, or small ones of one shape.
 
     The rows of all groups, one after the other, have one long vector of distances, ratios and so on, shape (rows,).
 
@@ -161,10 +157,10 @@ class Layout:
         for group, weight, anchor, value in groups:
             if group.is_missing(tensors):
                 continue
-            matrix = group.open(tensors, reads)
+            matrix = group.to_write(tensors, reads)
             for rows, columns in group.blocks:
                 change(matrix[rows, columns], weight[rows, columns], anchor[rows, columns], value[rows])
-            group.close(matrix, tensors)
+            group.write(matrix, tensors)
 
     def _distance(self, weight: Tensor, anchor: Tensor) -> Tensor:
         return self._norm(deviation(weight, anchor))
@@ -215,12 +211,12 @@ class Layout:
 
 def _grouped(tensors: Sequence[Tensor], norm: Norm) -> Iterator[list[int]]:
     """The indices of the tensors of each group; a group of small tensors is no larger than a block."""
-    shared: dict[tuple[torch.dtype, torch.device, int, int], list[int]] = {}
+    shared: dict[tuple[torch.dtype, torch.device, torch.Size], list[int]] = {}
     for index, tensor in enumerate(tensors):
         if tensor.numel() >= SHARED:
             yield [index]
             continue
-        key = (tensor.dtype, tensor.device, *_matrix_shape(tensor, norm))
+        key = (tensor.dtype, tensor.device, tensor.size())
         shared.setdefault(key, []).append(index)
         if len(shared[key]) * tensor.numel() >= _block(tensor):
             yield shared.pop(key)
@@ -238,7 +234,7 @@ def _block(tensor: Tensor) -> int:
 
 
 class _Group:
-    """Tensors that make one matrix: a large one, or small ones of the same rows and row length."""
+    """Tensors that make one matrix: a large one, or small ones of one shape."""
 
     def __init__(self, indices: list[int], tensors: Sequence[Tensor], norm: Norm) -> None:
         first = tensors[indices[0]]
@@ -249,8 +245,6 @@ class _Group:
         self._size, self._stride = first.size(), first.stride()
         self._is_view = first.numel() >= SHARED and _row_by_row(first, self.rows, self._length)
         self._zero = first.new_zeros(())
-        self._shapes = [self._zero.expand(tensors[index].size()) for index in indices]  # of no memory
-        self._parts: Sequence[Tensor] = []  # views of a matrix, shaped like the tensors
         block = _block(first)
         if self.one_row:
             self.blocks = [(slice(None), slice(i, i + block)) for i in range(0, max(1, self._length), block)]
@@ -265,50 +259,28 @@ class _Group:
         if self.is_missing(tensors):
             return self._zero.expand(self.rows, self._length)
         mine = (tensors[index] for index in self.indices)
-        present = [shape if tensor is None else tensor for tensor, shape in zip(mine, self._shapes, strict=True)]
+        present = [self._zero.expand(self._size) if tensor is None else tensor for tensor in mine]
         if not self._is_view:
-            return _flatten(present).view(self.rows, self._length)
+            return torch.stack(present).view(self.rows, self._length)
         (tensor,) = present
         if tensor.stride() != self._stride:  # the elements of all matrices are in the same order
             tensor = tensor.new_empty_strided(self._size, self._stride).copy_(tensor)
         return tensor.as_strided((self.rows, self._length), (self._length, 1))
 
-    def open(self, tensors: Sequence[Tensor | None], reads: bool) -> Tensor:
-        """A matrix to change these tensors in; `close` says that it is done."""
+    def to_write(self, tensors: Sequence[Tensor | None], reads: bool) -> Tensor:
+        """A matrix for new values of the tensors, which `write` brings there; with the present ones if these count."""
+        return self.arrange(tensors) if reads or self._is_view else self._zero.new_empty(self.rows, self._length)
+
+    def write(self, matrix: Tensor, tensors: Sequence[Tensor | None]) -> None:
+        mine = [tensors[index] for index in self.indices]
         if self._is_view:
-            return self.arrange(tensors)
-        if not self._parts:  # kept: to make thousands of views takes longer than to fill them
-            self._matrix = self._zero.new_empty(self.rows, self._length)
-            self._parts = _unflatten(self._matrix.view(-1), self._shapes)
-        if reads:
-            present, parts = self._present(tensors)
-            torch._foreach_copy_(parts, present)
-        return self._matrix
-
-    def close(self, matrix: Tensor, tensors: Sequence[Tensor | None]) -> None:
-        """Bring the changes to the tensors, where these are not in the matrix."""
-        if not self._is_view:
-            torch._foreach_copy_(*self._present(tensors))
-        elif (tensor := tensors[self.indices[0]]) is not None and tensor.data_ptr() != matrix.data_ptr():
-            tensor.copy_(matrix.as_strided(self._size, self._stride))
-
-    def _present(self, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
-        """The tensors that are not None, and their parts of the matrix."""
-        mine = (tensors[index] for index in self.indices)
-        pairs = [(tensor, part) for tensor, part in zip(mine, self._parts, strict=True) if tensor is not None]
-        return [tensor for tensor, _ in pairs], [part for _, part in pairs]
-
-
-def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """All elements in one new vector."""
-    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
-    return flat
-
-
-def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Views of such a vector in the shapes of the tensors."""
-    views: Sequence[Tensor] = _unflatten_dense_tensors(flat, tensors)  # type: ignore[no-untyped-call]
-    return views
+            (tensor,) = mine
+            if tensor is not None and tensor.data_ptr() != matrix.data_ptr():
+                tensor.copy_(matrix.as_strided(self._size, self._stride))
+            return
+        parts = matrix.view(len(mine), *self._size).unbind()
+        pairs = [(tensor, part) for tensor, part in zip(mine, parts, strict=True) if tensor is not None]
+        torch._foreach_copy_([tensor for tensor, _ in pairs], [part for _, part in pairs])
 
 
 def _row_by_row(tensor: Tensor, rows: int, length: int) -> bool:
