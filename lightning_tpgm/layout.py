@@ -72,7 +72,7 @@ class Layout:
     # ---- arranging
 
     def arrange(self, tensors: Sequence[Tensor | None]) -> Matrices:
-        """The tensors as matrices: views of large ones, copies of small ones; zeros for None."""
+        """The tensors as matrices: views of large ones, wherever they are, copies of small ones; zeros for None."""
         return [group.arrange(tensors) for group in self._groups]
 
     def copy(self, tensors: Sequence[Tensor]) -> Matrices:
@@ -159,8 +159,12 @@ class Layout:
                 continue
             matrix = group.to_write(tensors, reads)
             for rows, columns in group.blocks:
-                change(matrix[rows, columns], weight[rows, columns], anchor[rows, columns], value[rows])
+                change(matrix[rows, columns], weight[rows, columns], self._here(anchor[rows, columns]), value[rows])
             group.write(matrix, tensors)
+
+    def _here(self, block: Tensor) -> Tensor:
+        """A block of an anchor that is kept elsewhere comes to the tensors' device for as long as it is used."""
+        return block.to(self._device, non_blocking=True)
 
     def _distance(self, weight: Tensor, anchor: Tensor) -> Tensor:
         return self._norm(deviation(weight, anchor))
@@ -174,7 +178,7 @@ class Layout:
         """A function of every row, block by block; `combine` joins the values of a row that is several blocks."""
         found = []
         for group, *matrices in zip(self._groups, *operands, strict=True):
-            parts = [function(*(matrix[block] for matrix in matrices)) for block in group.blocks]
+            parts = [function(*(self._here(matrix[block]) for matrix in matrices)) for block in group.blocks]
             value = combine(torch.stack(parts, dim=1)) if group.one_row else torch.cat(parts)
             found.append(value.to(self.dtype))
         return torch.cat(found) if found else torch.empty(0, dtype=self.dtype, device=self._device)
@@ -261,7 +265,7 @@ class _Group:
         mine = (tensors[index] for index in self.indices)
         present = [self._zero.expand(self._size) if tensor is None else tensor for tensor in mine]
         if not self._is_view:
-            return torch.stack(present).view(self.rows, self._length)
+            return torch.stack(present).view(self.rows, self._length).to(self._zero.device)
         (tensor,) = present
         if tensor.stride() != self._stride:  # the elements of all matrices are in the same order
             tensor = tensor.new_empty_strided(self._size, self._stride).copy_(tensor)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_tpgm.anchor import Pretrained, capture, match_pretrained, read_pretrained
+from lightning_tpgm.anchor import AnchorDevice, Pretrained, capture, match_pretrained, read_pretrained
 from lightning_tpgm.callbacks.observed import Log, ObservedCallback
 from lightning_tpgm.framework import (
     MisconfigurationException,
@@ -83,6 +83,7 @@ class AnchoredCallback(ObservedCallback):
         pretrained: Where the anchors come from: a file, a mapping, a module; None: the weights at the start of the fit.
         log: See `ObservedCallback`.
         summary: See `ObservedCallback`.
+        anchor_device: ``"cpu"``: the anchors are kept in the host's memory; None: on the parameters' device.
     """
 
     norm: Norm = "l2"
@@ -95,6 +96,7 @@ class AnchoredCallback(ObservedCallback):
         pretrained: Pretrained | None = None,
         log: Log = "summary",
         summary: bool = False,
+        anchor_device: AnchorDevice = None,
     ) -> None:
         join_later_imports()
         patterns: object = exclude
@@ -102,7 +104,9 @@ class AnchoredCallback(ObservedCallback):
         check(usable and all(isinstance(p, str) for p in exclude), "exclude", "a sequence of patterns", exclude)
         accepted = isinstance(pretrained, str | os.PathLike | Mapping | nn.Module | None)
         check(accepted, "pretrained", "a path, a mapping of tensors by name, a module or None", pretrained)
+        check(anchor_device in (None, "cpu"), "anchor_device", "None or 'cpu'", anchor_device)
         super().__init__(log, summary)
+        self.anchor_device = anchor_device
         self.exclude = tuple(exclude)
         self.pretrained = pretrained
         self._parameters: dict[str, Tensor] = {}  # constrained now
@@ -305,7 +309,7 @@ class AnchoredCallback(ObservedCallback):
         self._fitted = weakref.ref(pl_module)
         self._begun, self._saw_batch, self._saw_step = True, False, False
         self._parameters = {name: candidates[name] for name in self._anchor}
-        self._anchor = {name: capture(anchor, candidates[name]) for name, anchor in self._anchor.items()}
+        self._anchor = {name: self._captured(anchor, candidates[name]) for name, anchor in self._anchor.items()}
         self._waiting = {name: candidates[name] for name in self._may_join if name in candidates}
         self._pretrained = None
         self._arrange()
@@ -375,11 +379,19 @@ class AnchoredCallback(ObservedCallback):
         new = {n: p for n, p in self._waiting.items() if p.requires_grad or not isinstance(p, nn.Parameter)}
         for name, parameter in new.items():
             value = self._may_join.pop(name)
-            self._anchor[name] = capture(parameter if value is None else value, parameter)
+            self._anchor[name] = self._captured(parameter if value is None else value, parameter)
             self._parameters[name] = self._waiting.pop(name)
         if new:
             self._arrange()
             self.joined(list(new))
+
+    def _captured(self, value: Tensor, parameter: Tensor) -> Tensor:
+        if self.anchor_device is not None and is_split(parameter):
+            raise MisconfigurationException(
+                f"`anchor_device` = {self.anchor_device!r} does not support parameters that are split over processes:"
+                " their anchors are split with them, and stay beside them. Leave it out."
+            )
+        return capture(value, parameter, self.anchor_device)
 
     @torch.no_grad()
     def _arrange(self) -> None:

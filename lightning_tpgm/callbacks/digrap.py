@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_tpgm.anchor import Pretrained, capture
+from lightning_tpgm.anchor import AnchorDevice, Pretrained, capture
 from lightning_tpgm.callbacks.base import check, is_number, to_cpu
 from lightning_tpgm.callbacks.gradient import GradientCallback
 from lightning_tpgm.callbacks.observed import Log
@@ -45,6 +45,7 @@ class DiGraPCallback(GradientCallback):
         log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
             in `TPGMCallback`.
         summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
+        anchor_device: ``"cpu"``: the anchors are kept in the host's memory, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: As `L2SPCallback`.
@@ -68,9 +69,10 @@ class DiGraPCallback(GradientCallback):
         pretrained: Pretrained | None = None,
         log: Log = "summary",
         summary: bool = False,
+        anchor_device: AnchorDevice = None,
     ) -> None:
         check(is_number(omega_lr) and omega_lr > 0, "omega_lr", "a positive number", omega_lr)
-        super().__init__(exclude, pretrained, log, summary)
+        super().__init__(exclude, pretrained, log, summary, anchor_device)
         self.omega_lr = omega_lr
         self.reset_method()
 
@@ -152,7 +154,7 @@ class DiGraPCallback(GradientCallback):
             return layout.total(self._sharding.distances(norms))
 
         # <g_t, g_proj_(t-1)> normalised: on conflict g_proj is a negative multiple of D
-        previous = layout.arrange([local(self._previous.get(name, anchor)) for name, anchor in self._anchor.items()])
+        previous = layout.arrange([local(self._previous.get(name, now)) for name, now in self._parameters.items()])
         norms = whole(layout.norms(gradients)) * whole(layout.distances(previous, anchors))
         slope = torch.where(norms > 0, -self._lr * dots(previous) / norms, 0)
         known = layout.on_device([name in self._previous for name in self._parameters])

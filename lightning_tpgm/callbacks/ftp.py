@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_tpgm.anchor import Pretrained, capture
+from lightning_tpgm.anchor import AnchorDevice, Pretrained, capture
 from lightning_tpgm.callbacks.base import check, is_number, to_cpu
 from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.callbacks.radius import RadiusCallback
@@ -45,6 +45,7 @@ class FTPCallback(RadiusCallback):
         log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
             in `TPGMCallback`.
         summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
+        anchor_device: ``"cpu"``: the anchors are kept in the host's memory, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
@@ -69,9 +70,10 @@ class FTPCallback(RadiusCallback):
         pretrained: Pretrained | None = None,
         log: Log = "summary",
         summary: bool = False,
+        anchor_device: AnchorDevice = None,
     ) -> None:
         check(is_number(k) and 0 <= k <= 1, "k", "a number in [0, 1]", k)
-        super().__init__(radius_lr, norm, exclude, pretrained, log, summary)
+        super().__init__(radius_lr, norm, exclude, pretrained, log, summary, anchor_device)
         self.k = k
 
     @override
@@ -138,9 +140,9 @@ class FTPCallback(RadiusCallback):
             torch._foreach_copy_(previous, present)
 
     def _slopes(self, grads: list[Tensor | None]) -> Tensor:
-        """dgamma of each tensor, shape (T,); 0 for those without gradient or previous step."""
+        """dgamma of each tensor, shape (T,), 0 for those without gradient; meaningless without a previous step."""
         layout = self._layout
-        previous = layout.arrange([local(self._previous.get(name, anchor)) for name, anchor in self._anchor.items()])
+        previous = layout.arrange([local(self._previous.get(name, now)) for name, now in self._parameters.items()])
         distances = self._sharding.distances(layout.distances(previous, self._anchors))
         dots = layout.dots(layout.arrange(grads), previous, self._anchors)
         return self._sharding.total(layout.total(dots / (distances + EPS)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_tpgm.anchor import Pretrained
+from lightning_tpgm.anchor import AnchorDevice, Pretrained
 from lightning_tpgm.callbacks.base import AnchoredCallback, check, is_number, unfreezes
 from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.framework import MisconfigurationException, callbacks_of, pl
@@ -30,6 +30,7 @@ class RadiusCallback(AnchoredCallback):
         pretrained: See `AnchoredCallback`.
         log: See `ObservedCallback`.
         summary: See `ObservedCallback`.
+        anchor_device: See `AnchoredCallback`.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class RadiusCallback(AnchoredCallback):
         pretrained: Pretrained | None = None,
         log: Log = "summary",
         summary: bool = False,
+        anchor_device: AnchorDevice = None,
     ) -> None:
         check(is_number(radius_lr) and radius_lr > 0, "radius_lr", "a positive number", radius_lr)
         check(norm in NORMS, "norm", f"one of {', '.join(map(repr, NORMS))}", norm)
-        super().__init__(exclude, pretrained, log, summary)
+        super().__init__(exclude, pretrained, log, summary, anchor_device)
         self.radius_lr = radius_lr
         self.norm = norm
         self.reset_method()

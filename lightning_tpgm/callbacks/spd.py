@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_tpgm.anchor import Pretrained
+from lightning_tpgm.anchor import AnchorDevice, Pretrained
 from lightning_tpgm.callbacks.base import AnchoredCallback, check, is_number
 from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.framework import pl
@@ -35,6 +35,7 @@ class SPDCallback(AnchoredCallback):
         log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
             in `TPGMCallback`.
         summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
+        anchor_device: ``"cpu"``: the anchors are kept in the host's memory, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
@@ -57,9 +58,10 @@ class SPDCallback(AnchoredCallback):
         pretrained: Pretrained | None = None,
         log: Log = "summary",
         summary: bool = False,
+        anchor_device: AnchorDevice = None,
     ) -> None:
         check(is_number(strength) and strength >= 0, "strength", "a number that is not negative", strength)
-        super().__init__(exclude, pretrained, log, summary)
+        super().__init__(exclude, pretrained, log, summary, anchor_device)
         self.strength = strength
         self._before: Matrices = []
 

@@ -11,12 +11,19 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_tpgm.anchor import Pretrained
+from lightning_tpgm.anchor import AnchorDevice, Pretrained
 from lightning_tpgm.callbacks.base import check
 from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.callbacks.radius import RadiusCallback
 from lightning_tpgm.evaluation import HeldOutLoss, Loss
-from lightning_tpgm.framework import MisconfigurationException, is_overridden, pl, rank_zero_warn, with_progress_bar
+from lightning_tpgm.framework import (
+    MisconfigurationException,
+    is_overridden,
+    logs_are_due,
+    pl,
+    rank_zero_warn,
+    with_progress_bar,
+)
 from lightning_tpgm.heldout import HeldOutBatches, has_default_loaders, held_out_batches, warn_of_shared_examples
 from lightning_tpgm.isolation import no_trace
 from lightning_tpgm.layout import Matrices
@@ -60,6 +67,8 @@ class TPGMCallback(RadiusCallback):
             ``tpgm/distance`` (of all tensors: the root of the sum of squares). ``"all"``: also
             ``tpgm_radius/NAME`` and ``tpgm_distance/NAME`` of each tensor. ``"none"``: nothing.
         summary: Whether the fit ends with a printed table of the tensors that moved most and least; needs rich.
+        anchor_device: ``"cpu"``: the anchors are kept in the host's memory, pinned, and come to the GPU block by block
+            when they are needed: twice a step, and twice more for each radius update. None: on the parameters' device.
 
     Raises:
         MisconfigurationException: For an argument out of its range, in the constructor; when the fit is set up, for
@@ -98,8 +107,9 @@ class TPGMCallback(RadiusCallback):
         when: Literal["training", "fit_end"] = "training",
         log: Log = "summary",
         summary: bool = False,
+        anchor_device: AnchorDevice = None,
     ) -> None:
-        super().__init__(radius_lr, norm, exclude, pretrained, log, summary)
+        super().__init__(radius_lr, norm, exclude, pretrained, log, summary, anchor_device)
         given: object = dataloader
         usable = given is None or isinstance(given, Iterable) or callable(given)
         check(usable, "dataloader", "a loader, a function that returns one, an import path or None", dataloader)
@@ -173,19 +183,23 @@ class TPGMCallback(RadiusCallback):
     ) -> None:
         """Also shows the held-out loss in the progress bar; warns of skipped updates."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._skipped.device.type != "cpu" and not logs_are_due(trainer):
+            return  # to read a value would make the host wait for the device
+        shown = {}
         if self._held_out_loss is not None:
-            self._log_dict(trainer, pl_module, {"heldout_loss": self._held_out_loss}, prog_bar=True)
-            self._held_out_loss = None
+            shown["heldout_loss"], self._held_out_loss = self._held_out_loss, None
         if self.acts_after_steps() and self._parameters:
-            self._log_dict(trainer, pl_module, {"mean_ratio": self.quantities()["ratio"].mean()}, prog_bar=True)
-        if self._may_look(trainer, batch_idx):
-            self._warn_of_skipped()
+            shown["mean_ratio"] = self.quantities()["ratio"].mean()
+        # on the CPU, because Lightning reads what is in the bar again after every batch
+        self._log_dict(trainer, pl_module, {name: value.cpu() for name, value in shown.items()}, prog_bar=True)
+        self._warn_of_skipped()
 
     @override
     def at_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Learns the radii now, if that was asked for."""
         if not self.acts_after_steps() and self._parameters:
             self.constrain_now(trainer, pl_module)
+        self._warn_of_skipped()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -252,7 +266,6 @@ class TPGMCallback(RadiusCallback):
         updates = with_progress_bar(trainer, range(self.radius_steps), "Learning radii")
         with torch.no_grad():
             self._constrain(trainer, pl_module, updates)
-        self._warn_of_skipped()
 
     def _constrain(
         self,
@@ -332,11 +345,6 @@ class TPGMCallback(RadiusCallback):
                 "The held-out loss, or its gradient, is not finite: that radius update was skipped, training goes on."
                 " Further ones are skipped without a warning."
             )
-
-    def _may_look(self, trainer: pl.Trainer, batch_idx: int) -> bool:
-        """Whether a value may be read from the device now: at the logging cadence, else a GPU would wait every step."""
-        every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # a connector sets it
-        return self._skipped.device.type == "cpu" or (batch_idx + 1) % every == 0
 
     @override
     def _arrange(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_tpgm.anchor import Pretrained, capture, match_pretrained, read_pretrained
+from lightning_tpgm.anchor import AnchorDevice, Pretrained, capture, match_pretrained, read_pretrained
 from lightning_tpgm.callbacks.base import AnchoredCallback, check, configuration_errors, is_number
 from lightning_tpgm.callbacks.observed import Log
 from lightning_tpgm.framework import MisconfigurationException, pl, rank_zero_info
@@ -39,6 +39,7 @@ class WiSEFTCallback(AnchoredCallback):
         log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
             in `TPGMCallback`.
         summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
+        anchor_device: ``"cpu"``: the anchors are kept in the host's memory, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing to interpolate.
@@ -60,9 +61,10 @@ class WiSEFTCallback(AnchoredCallback):
         pretrained: Pretrained | None = None,
         log: Log = "summary",
         summary: bool = False,
+        anchor_device: AnchorDevice = None,
     ) -> None:
         check(alpha is None or (is_number(alpha) and 0 <= alpha <= 1), "alpha", "a number in [0, 1] or None", alpha)
-        super().__init__(exclude, pretrained, log, summary)
+        super().__init__(exclude, pretrained, log, summary, anchor_device)
         self.alpha = alpha
 
     @override
@@ -91,16 +93,17 @@ def interpolate(
     Args:
         module: The module that the targets belong to.
         targets: Parameters and buffers by name.
-        anchor: W0 by name, of the targets' shapes.
-        weights: W by name; may be the targets themselves.
+        anchor: W0 by name, of the targets' shapes, on any device.
+        weights: W by name, on any device; may be the targets themselves.
         alpha: In [0, 1].
     """
     reshard(module)
     with torch.no_grad():
         for name, value in anchor.items():
-            weight = local(weights[name])
+            target = local(targets[name])
+            weight, start = (local(end).to(target.device) for end in (weights[name], value))
             ratio = torch.full_like(weight, alpha, dtype=torch.promote_types(weight.dtype, torch.float32))
-            local(targets[name]).copy_(project(weight, local(value), ratio))
+            target.copy_(project(weight, start, ratio))
 
 
 @dataclass(frozen=True)
@@ -200,9 +203,7 @@ def wise_ft_sweep(
     finetuned = {name: capture(target, target) for name, target in targets.items()}
 
     def set_alpha(alpha: float) -> None:
-        device = next(iter(targets.values())).device  # validation leaves the module where it likes
-        ends = [{name: value.to(device) for name, value in end.items()} for end in (anchor, finetuned)]
-        interpolate(model, targets, ends[0], ends[1], alpha)
+        interpolate(model, targets, anchor, finetuned, alpha)
 
     values = []
     try:

@@ -1,0 +1,133 @@
+"""Without a GPU at hand: fits on the device meta, whose tensors have a shape and a dtype, but no values.
+
+Most operations find out there if their operands are on two devices, and whatever asks for a value fails: it would make
+the host wait for a GPU. `test_gpu.py` shows the same, and the values, on a real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
+
+import lightning_tpgm.layout
+from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, TPGMCallback
+from lightning_tpgm.callbacks.base import AnchoredCallback
+from lightning_tpgm.layout import SHARED
+from toys import quiet_trainer
+
+METHODS: dict[str, Callable[..., AnchoredCallback]] = {
+    "tpgm": lambda **options: TPGMCallback([torch.ones(2, 3)], **options),
+    "tpgm l2": lambda **options: TPGMCallback([torch.ones(2, 3)], norm="l2", radius_steps=2, **options),
+    "ftp": FTPCallback,
+    "digrap": DiGraPCallback,
+    "spd": SPDCallback,
+    "l2sp": L2SPCallback,
+}
+
+
+class AnyDevice(CPUAccelerator):
+    """Has nothing to set up."""
+
+    @override
+    def setup_device(self, device: torch.device) -> None:
+        pass
+
+
+class Enough(Exception):
+    """Ends a fit before anything reads the results."""
+
+
+class Module(pl.LightningModule):
+    """A large matrix, and small vectors of one shape, of which one has no gradient in the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros(SHARED, 3))
+        self.vectors = nn.ParameterList(torch.zeros(3) for _ in range(4))
+
+    @override
+    def cpu(self) -> Module:  # Lightning calls it at the end
+        return self
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        used = list(self.vectors)[0 if batch_idx else 1 :]
+        return (batch * torch.stack(used).sum(0) @ self.matrix.T).square().mean()
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == 3:
+            raise Enough
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, foreach=True)
+
+
+class Arrivals(TorchFunctionMode):
+    """The sizes of what went from the host to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    @override
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is Tensor.to and args[0].is_cpu and result.is_meta:
+            self.sizes.append(result.numel())
+        return result
+
+
+def arrivals_in_four_steps(callback: AnchoredCallback) -> list[list[int]]:
+    """What arrived on the device in the callback's share of each step."""
+    steps: list[list[int]] = []
+
+    def watched(function: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            with Arrivals() as arrivals:
+                function(*args)
+            steps.append(arrivals.sizes)
+
+        return run
+
+    for name in ("change_gradients", "before_optimizer_step", "after_optimizer_step"):
+        if hasattr(callback, name):
+            setattr(callback, name, watched(getattr(callback, name)))
+    strategy = SingleDeviceStrategy(torch.device("meta"))
+    trainer = quiet_trainer(callback, max_steps=9, max_epochs=None, strategy=strategy, accelerator=AnyDevice())
+    with pytest.raises(Enough):
+        trainer.fit(Module(), iter([torch.ones(2, 3)] * 9))  # no length: Lightning would reduce it over processes
+    return steps
+
+
+PRETRAINED = Module().state_dict()
+SMALL = 6  # the held-out batch, and one value of each tensor, may come at any time
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cheap_no_step_waits_for_a_value(method: str) -> None:
+    steps = arrivals_in_four_steps(METHODS[method]())
+    assert len(steps) >= 4
+    assert all(size <= SMALL for sizes in steps for size in sizes)
+
+
+# how often a step reads the anchors
+READS = {"tpgm": 4, "tpgm l2": 6, "ftp": 4, "digrap": 5, "spd": 4, "l2sp": 1}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_anchors_in_the_hosts_memory_come_to_the_device_and_go(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lightning_tpgm.layout, "BLOCK_ELSEWHERE", 3000)
+    callback = METHODS[method](pretrained=PRETRAINED, anchor_device="cpu")
+    sizes = [size for sizes in arrivals_in_four_steps(callback) for size in sizes if size > SMALL]
+    assert max(sizes) == 3000
+    assert sum(sizes) == 4 * READS[method] * PRETRAINED["matrix"].numel()
+    assert all(anchor.is_cpu for anchor in callback.anchor.values())
