@@ -15,15 +15,15 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lightning_tpgm.blocks import PLAIN, Blocks
 from lightning_tpgm.norms import Norm, deviation, row_dims, row_norm
-from lightning_tpgm.projection import project
 
 SHARED = 2**14
 """Tensors with fewer elements share a matrix: calling an operation costs more than carrying it out."""
 BLOCK = {"cpu": 2**18}
 """Elements that are worked on at a time, by type of device: a megabyte in float32 stays in the cache."""
-BLOCK_ELSEWHERE = 2**24
-"""On other devices the bound only keeps intermediate results small."""
+LARGE_BLOCK = 2**24
+"""On other devices, and where no intermediate results are made, the bound only keeps memory small."""
 
 Matrices = list[Tensor]
 """One matrix of rows for each group of a `Layout`, shape (R, L) each."""
@@ -37,6 +37,7 @@ class Layout:
     Args:
         tensors: What will be arranged; later calls pass tensors of the same shapes in the same order.
         norm: Says what a row is.
+        blocks: What the work on a block of rows is done by.
 
     Attributes:
         dtype: Of what is computed: float64 if any tensor is, else float32.
@@ -44,10 +45,11 @@ class Layout:
         roundoff: Half the eps of each row's own dtype, shape (rows,).
     """
 
-    def __init__(self, tensors: Sequence[Tensor], norm: Norm) -> None:
+    def __init__(self, tensors: Sequence[Tensor], norm: Norm, blocks: Blocks = PLAIN) -> None:
         self._kind = norm
+        self._blocks = blocks
         self._count = len(tensors)
-        self._groups = [_Group(indices, tensors, norm) for indices in _grouped(tensors, norm)]
+        self._groups = [_Group(indices, tensors, norm, blocks.fused) for indices in _grouped(tensors)]
         dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self._device = tensors[0].device if tensors else torch.device("cpu")
@@ -85,13 +87,13 @@ class Layout:
 
     def distances(self, weights: Matrices, anchors: Matrices) -> Tensor:
         """n of every row, see `lightning_tpgm.norms.row_distance`."""
-        return self._of_rows(self._distance, self._norm, weights, anchors)
+        return self._of_rows(lambda w, a: self._blocks.distances(w, a, self._kind), self._norm, weights, anchors)
 
     def copied_distances(self, weights: Matrices, anchors: Matrices, copies: Matrices) -> Tensor:
         """Like `distances`; the weights are written into the copies on the way, while they are in the cache."""
 
         def copied(weight: Tensor, anchor: Tensor, copy: Tensor) -> Tensor:
-            return self._distance(copy.copy_(weight), anchor)
+            return self._blocks.copied_distances(weight, anchor, copy, self._kind)
 
         return self._of_rows(copied, self._norm, weights, anchors, copies)
 
@@ -101,12 +103,7 @@ class Layout:
 
     def dots(self, gradients: Matrices, weights: Matrices, anchors: Matrices) -> Tensor:
         """<G_row, D_row> of every row."""
-
-        def dot(gradient: Tensor, weight: Tensor, anchor: Tensor) -> Tensor:
-            d = deviation(weight, anchor)
-            return (gradient.to(d.dtype) * d).sum(dim=1)
-
-        return self._of_rows(dot, lambda parts: parts.sum(dim=1), gradients, weights, anchors)
+        return self._of_rows(self._blocks.dots, lambda parts: parts.sum(dim=1), gradients, weights, anchors)
 
     def project(self, tensors: Sequence[Tensor | None], weights: Matrices, anchors: Matrices, ratios: Tensor) -> None:
         """Write the projections of the weights into the tensors, see `lightning_tpgm.projection.project`.
@@ -117,11 +114,7 @@ class Layout:
             anchors: W0.
             ratios: r of every row.
         """
-
-        def write(target: Tensor, weight: Tensor, anchor: Tensor, ratio: Tensor) -> None:
-            project(weight, anchor, ratio, out=target)
-
-        self._rewrite(write, tensors, weights, anchors, ratios, reads=False)
+        self._rewrite(self._blocks.write_projection, tensors, weights, anchors, ratios, reads=False)
 
     def add_deviations(
         self, gradients: Sequence[Tensor | None], weights: Matrices, anchors: Matrices, factors: Tensor
@@ -158,16 +151,19 @@ class Layout:
             if group.is_missing(tensors):
                 continue
             matrix = group.to_write(tensors, reads)
+            in_place = matrix.data_ptr() == weight.data_ptr()
             for rows, columns in group.blocks:
-                change(matrix[rows, columns], weight[rows, columns], self._here(anchor[rows, columns]), value[rows])
+                target = matrix[rows, columns].detach()
+                source = target if in_place else weight[rows, columns].detach()
+                change(target, source, self._here(anchor[rows, columns]), value[rows])
             group.write(matrix, tensors)
 
     def _here(self, block: Tensor) -> Tensor:
-        """A block of an anchor that is kept elsewhere comes to the tensors' device for as long as it is used."""
-        return block.to(self._device, non_blocking=True)
+        """A block of an anchor that is kept elsewhere comes to the tensors' device for as long as it is used.
 
-    def _distance(self, weight: Tensor, anchor: Tensor) -> Tensor:
-        return self._norm(deviation(weight, anchor))
+        Detached like all blocks, so that what is compiled for it does not depend on the matrix that it is a part of.
+        """
+        return block.detach().to(self._device, non_blocking=True)
 
     def _norm(self, matrix: Tensor) -> Tensor:
         return row_norm(matrix, (1,), self._kind).squeeze(1)
@@ -213,7 +209,7 @@ class Layout:
         return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
 
 
-def _grouped(tensors: Sequence[Tensor], norm: Norm) -> Iterator[list[int]]:
+def _grouped(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     """The indices of the tensors of each group; a group of small tensors is no larger than a block."""
     shared: dict[tuple[torch.dtype, torch.device, torch.Size], list[int]] = {}
     for index, tensor in enumerate(tensors):
@@ -233,14 +229,14 @@ def _matrix_shape(tensor: Tensor, norm: Norm) -> tuple[int, int]:
     return (tensor.shape[0] if 0 not in dims and tensor.ndim else 1, prod(tensor.shape[dim] for dim in dims))
 
 
-def _block(tensor: Tensor) -> int:
-    return BLOCK.get(tensor.device.type, BLOCK_ELSEWHERE)
+def _block(tensor: Tensor, fused: bool = False) -> int:
+    return LARGE_BLOCK if fused else BLOCK.get(tensor.device.type, LARGE_BLOCK)
 
 
 class _Group:
     """Tensors that make one matrix: a large one, or small ones of one shape."""
 
-    def __init__(self, indices: list[int], tensors: Sequence[Tensor], norm: Norm) -> None:
+    def __init__(self, indices: list[int], tensors: Sequence[Tensor], norm: Norm, fused: bool) -> None:
         first = tensors[indices[0]]
         self.indices = indices
         self.rows_each, self._length = _matrix_shape(first, norm)
@@ -249,7 +245,7 @@ class _Group:
         self._size, self._stride = first.size(), first.stride()
         self._is_view = first.numel() >= SHARED and _row_by_row(first, self.rows, self._length)
         self._zero = first.new_zeros(())
-        block = _block(first)
+        block = _block(first, fused)
         if self.one_row:
             self.blocks = [(slice(None), slice(i, i + block)) for i in range(0, max(1, self._length), block)]
         else:

@@ -125,7 +125,7 @@ READS = {"tpgm": 4, "tpgm l2": 6, "ftp": 4, "digrap": 5, "spd": 4, "l2sp": 1}
 
 @pytest.mark.parametrize("method", METHODS)
 def test_anchors_in_the_hosts_memory_come_to_the_device_and_go(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lightning_tpgm.layout, "BLOCK_ELSEWHERE", 3000)
+    monkeypatch.setattr(lightning_tpgm.layout, "LARGE_BLOCK", 3000)
     callback = METHODS[method](pretrained=PRETRAINED, anchor_device="cpu")
     sizes = [size for sizes in arrivals_in_four_steps(callback) for size in sizes if size > SMALL]
     assert max(sizes) == 3000

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tpgm.norms import Norm, deviation, row_distance
-from lightning_tpgm.projection import ratio
+from lightning_tpgm.projection import legal_radius, ratio
 
 
 class Naive:
@@ -24,15 +24,20 @@ class Naive:
     def __init__(self, module: pl.LightningModule, norm: Norm) -> None:
         self.norm = norm
         self.anchor = {name: p.detach().clone() for name, p in module.model.named_parameters()}
-        self.radii = {name: p.new_full((), 1e-3).requires_grad_() for name, p in self.anchor.items()}
+        self.radii = {name: p.new_zeros(()).requires_grad_() for name, p in self.anchor.items()}
+        self.is_first = True
         self.adam = torch.optim.Adam(self.radii.values(), lr=1e-2)
 
     def projected(self, model: nn.Module) -> dict[str, Tensor]:
-        """Every parameter's projection, with the graph to its radius."""
+        """Every parameter's projection, with the graph to its radius, which is made legal first."""
         found = {}
         for name, parameter in model.named_parameters():
-            d = deviation(parameter.detach(), self.anchor[name])
-            found[name] = self.anchor[name] + ratio(self.radii[name], row_distance(d, self.norm)) * d
+            d, radius = deviation(parameter.detach(), self.anchor[name]), self.radii[name]
+            n = row_distance(d, self.norm)
+            with torch.no_grad():
+                radius.copy_(legal_radius(n.min() / 2 if self.is_first else radius, n.max()))
+            found[name] = self.anchor[name] + ratio(radius, n) * d
+        self.is_first = False
         return found
 
     def __call__(self, module: pl.LightningModule, batch: Any) -> None:

@@ -51,6 +51,7 @@ class HeldOut:
 METHODS: dict[str, Callable[[], AnchoredCallback]] = {
     "TPGM, mars": lambda: TPGMCallback(HeldOut(), norm="mars"),
     "TPGM, l2": lambda: TPGMCallback(HeldOut(), norm="l2"),
+    "TPGM, mars, compiled": lambda: TPGMCallback(HeldOut(), norm="mars", compile=True),
     "FTP, mars": FTPCallback,
     "FTP, l2": lambda: FTPCallback(norm="l2"),
     "DiGraP": DiGraPCallback,

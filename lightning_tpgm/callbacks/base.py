@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_tpgm.anchor import AnchorDevice, Pretrained, capture, match_pretrained, read_pretrained
+from lightning_tpgm.blocks import PLAIN, Blocks
 from lightning_tpgm.callbacks.observed import Log, ObservedCallback
 from lightning_tpgm.framework import (
     MisconfigurationException,
@@ -396,9 +397,14 @@ class AnchoredCallback(ObservedCallback):
     @torch.no_grad()
     def _arrange(self) -> None:
         """Prepare the work on all constrained parameters."""
-        self._layout = Layout(self._weights, self.norm)
+        weights = self._weights
+        self._layout = Layout(weights, self.norm, self._blocks_for(weights))
         self._sharding = Sharding(list(self._parameters.values()), self._layout, self.norm)
         self._anchors = self._layout.arrange([local(anchor) for anchor in self._anchor.values()])
+
+    def _blocks_for(self, weights: list[Tensor]) -> Blocks:
+        """What the work on these weights is done by."""
+        return PLAIN
 
     @property
     def _weights(self) -> list[Tensor]:

@@ -46,6 +46,7 @@ class FTPCallback(RadiusCallback):
             in `TPGMCallback`.
         summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
         anchor_device: ``"cpu"``: the anchors are kept in the host's memory, as in `TPGMCallback`.
+        compile: Whether the tensor work is fused by ``torch.compile``, as in `TPGMCallback`.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
@@ -71,9 +72,10 @@ class FTPCallback(RadiusCallback):
         log: Log = "summary",
         summary: bool = False,
         anchor_device: AnchorDevice = None,
+        compile: bool = False,
     ) -> None:
         check(is_number(k) and 0 <= k <= 1, "k", "a number in [0, 1]", k)
-        super().__init__(radius_lr, norm, exclude, pretrained, log, summary, anchor_device)
+        super().__init__(radius_lr, norm, exclude, pretrained, log, summary, anchor_device, compile)
         self.k = k
 
     @override

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_tpgm.anchor import AnchorDevice, Pretrained
+from lightning_tpgm.blocks import Blocks, fused_blocks
 from lightning_tpgm.callbacks.base import AnchoredCallback, check, is_number, unfreezes
 from lightning_tpgm.callbacks.observed import Log
-from lightning_tpgm.framework import MisconfigurationException, callbacks_of, pl
+from lightning_tpgm.framework import MisconfigurationException, callbacks_of, pl, rank_zero_warn
 from lightning_tpgm.layout import Matrices
 from lightning_tpgm.norms import NORMS, Norm
 from lightning_tpgm.projection import ratio, safe_ratio
@@ -31,6 +32,7 @@ class RadiusCallback(AnchoredCallback):
         log: See `ObservedCallback`.
         summary: See `ObservedCallback`.
         anchor_device: See `AnchoredCallback`.
+        compile: Whether the distances, projections and radius gradients are compiled.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class RadiusCallback(AnchoredCallback):
         log: Log = "summary",
         summary: bool = False,
         anchor_device: AnchorDevice = None,
+        compile: bool = False,
     ) -> None:
         check(is_number(radius_lr) and radius_lr > 0, "radius_lr", "a positive number", radius_lr)
         check(norm in NORMS, "norm", f"one of {', '.join(map(repr, NORMS))}", norm)
         super().__init__(exclude, pretrained, log, summary, anchor_device)
         self.radius_lr = radius_lr
         self.norm = norm
+        self.compile = compile
         self.reset_method()
 
     def acts_after_steps(self) -> bool:
@@ -152,6 +156,19 @@ class RadiusCallback(AnchoredCallback):
     def _arrange(self) -> None:
         super()._arrange()
         self._row_sizes = self._sharding.distances(self._layout.norms(self._anchors))
+
+    @override
+    def _blocks_for(self, weights: list[Tensor]) -> Blocks:
+        if self.compile and weights:
+            try:
+                return fused_blocks(weights[0].device.type)
+            except Exception as error:  # noqa: BLE001  # whatever a compiler, or the lack of one, raises
+                rank_zero_warn(
+                    f"{type(self).__name__}: `compile` = True has no effect, torch.compile does not work here:"
+                    f" {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                )
+                self.compile = False
+        return super()._blocks_for(weights)
 
     def _place_radii(self) -> None:
         self._radii.to(self._layout.scalar())

@@ -69,6 +69,9 @@ class TPGMCallback(RadiusCallback):
         summary: Whether the fit ends with a printed table of the tensors that moved most and least; needs rich.
         anchor_device: ``"cpu"``: the anchors are kept in the host's memory, pinned, and come to the GPU block by block
             when they are needed: twice a step, and twice more for each radius update. None: on the parameters' device.
+        compile: Whether distances, projections and radius gradients are fused by ``torch.compile``, each to one pass
+            over memory; needs what that needs (on a CPU a C++ compiler), and takes some ten seconds once. Where it does
+            not work a warning says so.
 
     Raises:
         MisconfigurationException: For an argument out of its range, in the constructor; when the fit is set up, for
@@ -108,8 +111,9 @@ class TPGMCallback(RadiusCallback):
         log: Log = "summary",
         summary: bool = False,
         anchor_device: AnchorDevice = None,
+        compile: bool = False,
     ) -> None:
-        super().__init__(radius_lr, norm, exclude, pretrained, log, summary, anchor_device)
+        super().__init__(radius_lr, norm, exclude, pretrained, log, summary, anchor_device, compile)
         given: object = dataloader
         usable = given is None or isinstance(given, Iterable) or callable(given)
         check(usable, "dataloader", "a loader, a function that returns one, an import path or None", dataloader)
