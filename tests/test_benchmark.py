@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 import benchmark
 import cache
 import summary
-from methods import ALPHAS, FIXED, METHODS, PLAIN, POST_HOC, PRETRAINED, WISE_FT
+from leads import LEADS
+from methods import ALPHAS, FIXED, METHODS, PLAIN, POST_HOC, PRETRAINED, WISE_FT, Method
 from results import Result, append, choose, mean_and_error, of, read
 from suite import Suite, load_suite
 
@@ -118,6 +119,24 @@ def test_every_method_runs_and_nothing_runs_twice(small: Suite, tmp_path: Path) 
         benchmark.Benchmark(small, tmp_path, pool, seeds=2, epochs=3)
     summary.draw([found], tmp_path)
     assert (tmp_path / "trade_off.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("lead", LEADS, ids=lambda lead: lead.name)
+def test_every_lead_does_something_else(lead: Method, small: Suite) -> None:
+    rates = {"lr": 3e-3, "probe_lr": 1e-3}
+    settings = {**rates, "norm": "l2" if lead.name.endswith("l2") else "mars", "radius_lr": 0.1}
+    usual = benchmark.Run("digits", "TPGM, mars", settings, 0, 2).carry_out()
+    found = benchmark.Run("digits", lead.name, {**rates, **lead.grid[-1]}, 0, 2).carry_out()
+    assert found.radii != usual.radii
+
+
+def test_another_optimizer(small: Suite) -> None:
+    settings = {"lr": 1e-2, "probe_lr": 1e-3}
+    adam, sgd = (
+        benchmark.Run("digits", PLAIN.name, {**settings, **own}, 0, 1).carry_out().accuracies
+        for own in ({}, {"momentum": 0.9})
+    )
+    assert adam != sgd
 
 
 def test_post_hoc_projection_changes_the_fine_tuned_module(small: Suite) -> None:

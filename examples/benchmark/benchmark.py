@@ -39,7 +39,7 @@ from cache import cached
 from leads import LEADS
 from lightning_tpgm import project_checkpoint, wise_ft_sweep
 from lightning_tpgm.callbacks.radius import RadiusCallback
-from methods import FIXED, LINEAR_PROBE, LP_FT, METHODS, PLAIN, POST_HOC, PRETRAINED, WISE_FT, Method
+from methods import ELSEWHERE, FIXED, LINEAR_PROBE, LP_FT, METHODS, PLAIN, POST_HOC, PRETRAINED, WISE_FT, Method
 from results import FOLDER, Result, Settings, append, choose, read
 from suite import SUITES, Suite, load_suite
 
@@ -63,7 +63,9 @@ class Run:
     Attributes:
         suite: Name of the suite.
         method: Name of the method.
-        settings: The method's own, ``lr`` of the fine-tuning and ``probe_lr`` of the linear probe before it.
+        settings: The method's own, ``lr`` of the fine-tuning and ``probe_lr`` of the linear probe before it; where they
+            are given ``momentum`` of SGD, instead of the suite's optimizer, ``held_out``, the share of the held-out
+            data that is used, and ``free_head``, whether the head is not constrained.
         seed: Of the split, the order of the data, and the dropout.
         epochs: Of every fit.
     """
@@ -91,7 +93,10 @@ class Run:
 
     def fit(self, model: LightningModule, callbacks: Iterable[Callback] = ()) -> LightningModule:
         """Fine-tune."""
-        self.trainer(callbacks).fit(model, datamodule=load_suite(self.suite).data(self.seed))
+        data = load_suite(self.suite).data(self.seed)
+        held_out = round(self.settings.get("held_out", 1) * len(data.held_out))
+        data.held_out = TensorDataset(*data.held_out[:held_out])
+        self.trainer(callbacks).fit(model, datamodule=data)
         return model
 
     def pretrained(self, lr: float) -> LightningModule:
@@ -126,14 +131,20 @@ class Run:
         """Where fine-tuning starts: the pretrained module, after a linear probe if the suite or the method asks."""
         probe = load_suite(self.suite).probe_first if probe is None else probe
         path = self.stored(f"probe-{self.settings['probe_lr']:g}", self.probed) if probe else None
-        model = self.pretrained(self.settings.get("lr", 0.0))
+        lr = self.settings.get("lr", 0.0)
+        model = self.pretrained(lr)
         if path is not None:
             model.load_state_dict(torch.load(path, weights_only=True))
+        if "momentum" in self.settings:
+            sgd = torch.optim.SGD(model.parameters(), lr, self.settings["momentum"])
+            model.configure_optimizers = lambda: sgd
         return model
 
     def plain(self) -> Path:
         """The state dict after plain fine-tuning."""
         rates = "{probe_lr:g}-{lr:g}".format_map(self.settings)
+        if "momentum" in self.settings:
+            rates += f"-momentum-{self.settings['momentum']:g}"
         return self.stored(f"plain-{rates}", lambda: self.fit(self.start()))
 
     def fine_tuned(self) -> LightningModule:
@@ -168,7 +179,10 @@ class Run:
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore")
         started = time.perf_counter()
-        own = {name: value for name, value in self.settings.items() if name not in ("lr", "probe_lr")}
+        shared = ("lr", "probe_lr", "momentum", "held_out", "free_head")
+        own = {name: value for name, value in self.settings.items() if name not in shared}
+        if self.settings.get("free_head"):
+            own["exclude"] = [load_suite(self.suite).head]
         radii: list[tuple[str, float, float]] = []
         if self.method == PRETRAINED.name:
             model = self.start()
@@ -267,6 +281,14 @@ class Benchmark:
         rates, names = self.chosen[PLAIN.name], [method.name for method in methods]
         fixed = [(each.method, {**rates, **each.settings}) for each in FIXED if each.method in names]
         self.carry_out((*each, seed) for seed in self.seeds for each in fixed)
+        elsewhere = [
+            (method.name, {**rates, **condition, **settings})
+            for condition in self.suite.elsewhere.values()
+            for method in ELSEWHERE
+            for settings in method.grid
+            if method.name in names
+        ]
+        self.carry_out((*each, seed) for seed in self.seeds for each in elsewhere)
         for name, grid in self.grids((*METHODS, *LEADS)).items():
             with suppress(LookupError):
                 self.chosen[name] = choose(self.results, name, grid, self.seeds[: self.suite.selection_seeds])
@@ -281,6 +303,7 @@ class Benchmark:
             "selection_seeds": list(self.seeds[: self.suite.selection_seeds]),
             "epochs": self.epochs,
             "learning_rates": self.suite.learning_rates,
+            "elsewhere": self.suite.elsewhere,
             "grids": {method.name: method.grid for method in (*METHODS, *LEADS) if method.name in self.chosen},
             "chosen": self.chosen,
             "rule": "highest mean accuracy on the choice data, over the selection seeds; among equals the first",

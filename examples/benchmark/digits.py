@@ -35,4 +35,9 @@ SUITE = Suite(
     epochs=20,
     in_distribution="digits",
     groups={"seen in pretraining": ("clean", "rotated", "noisy", "blurred", "inverted", "low contrast", "shifted")},
+    elsewhere={
+        "Adam, lr 3e-4": {"lr": 3e-4},
+        "Adam, lr 3e-3": {"lr": 3e-3},
+        "SGD, lr 1e-2": {"lr": 1e-2, "momentum": 0.9},
+    },
 )

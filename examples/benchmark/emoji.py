@@ -117,4 +117,5 @@ SUITE = Suite(
     epochs=10,
     in_distribution=TARGET,
     groups={"seen in pretraining": SEEN, "never seen": UNSEEN},
+    elsewhere={"AdamW, lr 1e-3": {"lr": 1e-3}, "SGD, lr 1e-2": {"lr": 1e-2, "momentum": 0.9}},
 )

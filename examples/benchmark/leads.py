@@ -63,16 +63,31 @@ class WideTPGM(TPGMCallback):
     """Starts every radius at the largest distance of the first step, not at half of the smallest."""
 
     @override
-    def _measure(self, weights: Matrices) -> tuple[Tensor, Tensor]:
+    def _measure(self, weights: Matrices, copies: Matrices | None = None) -> tuple[Tensor, Tensor]:
         """Starts the radii, too."""
-        distances, largest = super()._measure(weights)
+        distances, largest = super()._measure(weights, copies)
         self._radii.start(largest)
+        return distances, largest
+
+
+class RelativeTPGM(TPGMCallback):
+    """An update moves a radius by a share of the tensor's present distance, so one rate fits every scale and norm."""
+
+    @override
+    def _measure(self, weights: Matrices, copies: Matrices | None = None) -> tuple[Tensor, Tensor]:
+        """Sets the rates, too."""
+        distances, largest = super()._measure(weights, copies)
+        self._radii.lr = self.radius_lr * largest  # type: ignore[assignment]  # one of each tensor
         return distances, largest
 
 
 LEADS = (
     Method("log radius, mars", over(radius_lr=(0.03, 0.1)), partial(LogTPGM, norm="mars")),
     Method("log radius, l2", over(radius_lr=(0.03, 0.1)), partial(LogTPGM, norm="l2")),
+    Method("relative rate, mars", over(radius_lr=(0.03, 0.1)), partial(RelativeTPGM, norm="mars")),
+    Method("relative rate, l2", over(radius_lr=(0.03, 0.1)), partial(RelativeTPGM, norm="l2")),
     Method("boundary gradient, l2", over(radius_lr=(0.01,)), partial(BoundaryTPGM, norm="l2")),
-    Method("wide start, mars", over(radius_lr=(0.01,)), partial(WideTPGM, norm="mars")),
+    Method("wide start, mars", over(radius_lr=(0.1,)), partial(WideTPGM, norm="mars")),
+    Method("head not constrained, mars", ({"radius_lr": 0.1, "free_head": True},), TPGMCallback),
+    Method("half of the held-out data, mars", ({"radius_lr": 0.1, "held_out": 0.5},), TPGMCallback),
 )

@@ -95,3 +95,13 @@ FIXED = (
     Fixed("TPGM, mars, radius_lr 0.1", "TPGM, mars", {"norm": "mars", "radius_lr": 0.1, "radius_steps": 1}),
     Fixed("TPGM after the fact, 200 steps", POST_HOC.name, {"radius_steps": 200}),
 )
+
+ELSEWHERE = (
+    PLAIN,
+    Method("L2-SP", ({"strength": 0.1},), L2SPCallback),
+    Method(WISE_FT.name, ({"alpha": 0.6},)),
+    Method("FTP", ({"k": 1.0},), FTPCallback),
+    Method("TPGM, mars", ({"norm": "mars", "radius_lr": 0.1, "radius_steps": 1},), TPGMCallback),
+    Method(POST_HOC.name, ({"radius_steps": 200},)),
+)
+"""What is run at other learning rates and with another optimizer, at these fixed settings."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -72,6 +73,7 @@ class Suite:
         groups: The other domains: name of the group, its domains.
         precision: Of the Trainer.
         selection_seeds: Number of seeds that settings are chosen by.
+        elsewhere: Other learning rates and optimizers that some methods are run with: by name, what differs.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Suite:
     precision: str = "32-true"
     selection_seeds: int = 3
     also: tuple[float, ...] = ()
+    elsewhere: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from leads import LEADS
-from methods import ALPHAS, FIXED, LINEAR_PROBE, METHODS, PLAIN, WISE_FT, Fixed, Method
+from methods import ALPHAS, ELSEWHERE, FIXED, LINEAR_PROBE, METHODS, PLAIN, WISE_FT, Fixed, Method
 from results import FOLDER, Result, Settings, mean_and_error, of, read
 from suite import SUITES
 
@@ -48,6 +48,7 @@ class SuiteResults:
         self.in_distribution: str = self.description["in_distribution"]
         self.groups: Mapping[str, list[str]] = self.description["groups"]
         self.plain = self.of(PLAIN.name)
+        self.elsewhere: Mapping[str, Settings] = self.description.get("elsewhere", {})
 
     @property
     def columns(self) -> dict[str, list[str]]:
@@ -78,17 +79,42 @@ class SuiteResults:
 
     def gain(self, method: str, domains: Sequence[str]) -> tuple[float, float]:
         """Paired difference from plain fine-tuning, in percentage points, and its standard error."""
-        pairs = zip(self.of(method), self.plain, strict=True)
-        return mean_and_error([100 * (result.mean(domains) - plain.mean(domains)) for result, plain in pairs])
+        return gain(self.of(method), self.plain, domains)
 
     def cell(self, method: str, domains: Sequence[str]) -> str:
         """An accuracy, and the gain over plain fine-tuning; empty for a method that was not tried."""
         try:
-            accuracy, _ = self.accuracy(method, domains)
+            return cell(self.of(method), self.plain, domains)
         except LookupError:
             return ""
-        gain, error = self.gain(method, domains)
-        return f"{accuracy:.1f}" if method == PLAIN.name else f"{accuracy:.1f} ({gain:+.1f} ± {error:.1f})"
+
+    def cell_at(self, condition: str, method: Method, domains: Sequence[str]) -> str:
+        """The same under one of the other conditions, at the method's fixed setting."""
+        try:
+            found, plain = (self.of(each.name, self.settings_at(condition, each)) for each in (method, PLAIN))
+        except LookupError:
+            return ""
+        return cell(found, plain, domains)
+
+    def settings_at(self, condition: str, method: Method) -> Settings:
+        """All settings of a method under one of the other conditions."""
+        (own,) = method.grid
+        return {**self.chosen[PLAIN.name], **self.elsewhere[condition], **own}
+
+
+def gain(found: Sequence[Result], plain: Sequence[Result], domains: Sequence[str]) -> tuple[float, float]:
+    """Paired difference of the mean over domains, in percentage points, and its standard error."""
+    pairs = zip(found, plain, strict=True)
+    return mean_and_error([100 * (result.mean(domains) - other.mean(domains)) for result, other in pairs])
+
+
+def cell(found: Sequence[Result], plain: Sequence[Result], domains: Sequence[str]) -> str:
+    """An accuracy in percent, and its gain over plain fine-tuning unless it is that."""
+    accuracy = 100 * fmean(result.mean(domains) for result in found)
+    if found == plain:
+        return f"{accuracy:.1f}"
+    difference, error = gain(found, plain, domains)
+    return f"{accuracy:.1f} ({difference:+.1f} ± {error:.1f})"
 
 
 def table(suites: Sequence[SuiteResults], methods: Sequence[Method | Fixed] = (*METHODS, *FIXED, SMALL_RATE)) -> str:
@@ -98,6 +124,21 @@ def table(suites: Sequence[SuiteResults], methods: Sequence[Method | Fixed] = (*
         ["", *(f"{suite.name}: {heading}" for suite, heading, _ in columns)],
         ["---", *("---:" for _ in columns)],
         *([method.name, *(suite.cell(method.name, domains) for suite, _, domains in columns)] for method in methods),
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def elsewhere_table(suites: Sequence[SuiteResults]) -> str:
+    """Methods at fixed settings, at other learning rates and with another optimizer, in Markdown."""
+    rows = [
+        ["", *(method.name for method in ELSEWHERE)],
+        ["---", *("---:" for _ in ELSEWHERE)],
+        *(
+            [f"{suite.name}, {condition}: {heading}", *(suite.cell_at(condition, m, domains) for m in ELSEWHERE)]
+            for suite in suites
+            for condition in suite.elsewhere
+            for heading, domains in suite.columns.items()
+        ),
     ]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -170,6 +211,7 @@ def documents() -> dict[Path, str]:
     tried = [suite for suite in suites if any(lead.name in suite.chosen for lead in LEADS)]
     rivals = [method for method in METHODS if method.name in ("plain fine-tuning", "TPGM, mars", "TPGM, l2")]
     details = put(DETAILS.read_text(), "settings", settings_table(suites))
+    details = put(details, "other conditions", elsewhere_table(suites))
     return {
         OVERVIEW: put(OVERVIEW.read_text(), "all methods", table(suites)),
         DETAILS: put(details, "leads", table(tried, (*rivals, *FIXED, *LEADS))),
