@@ -17,11 +17,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_tpgm import TPGMCallback, project_checkpoint, wise_ft_sweep
+import lightning_tpgm.callbacks.base
+from lightning_tpgm import L2SPCallback, TPGMCallback, project_checkpoint, wise_ft_sweep
 from properties import assert_same
 from toys import Toy, images, quiet_trainer, toy, train_loader, val_loader
 
@@ -63,6 +65,11 @@ BAD_ARGUMENTS: list[tuple[str, Any, str]] = [
     *(("every_n_steps", v, "`every_n_steps` should be a positive integer, found ...") for v in (0, -3, 2.5, False)),
     *(("exclude", v, NOT_PATTERNS) for v in ("head.*", [1], [None], {"head.*"}, 3, None)),
     *(("pretrained", v, NOT_PRETRAINED) for v in (3, ["a.ckpt"], torch.zeros(2))),
+    *(
+        ("anchor_device", v, "`anchor_device` should be None or 'cpu', found ...")
+        for v in ("cuda", 0, torch.device("cpu"))
+    ),
+    *(("compile", v, "`compile` should be True or False, found ...") for v in (None, "yes", 1)),
     *(("loss", v, NOT_LOSS) for v in ("training_step", "val", 3, ["validation_step"])),
     *(("dataloader", v, NOT_LOADER) for v in (3, 0.5, object())),
     *(("dataloader", v, NOT_PATH) for v in ("held_out", "", "my project:data", "my_project.data:", "a:b:c", "1a.b")),
@@ -116,6 +123,25 @@ class Manual(Toy):
         optimizer.zero_grad()
         self.manual_backward(self.loss(batch))
         optimizer.step()
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+@pytest.mark.parametrize("method", [TPGMCallback, L2SPCallback])
+def test_strategy_that_is_not_supported(strategy: Any, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both want a GPU, and DeepSpeed wants to be installed, so neither gets as far as `setup` here by itself."""
+    trainer = quiet_trainer()
+    monkeypatch.setattr(pl.Trainer, "strategy", strategy.__new__(strategy))
+    with says(
+        f"{method.__name__} does not support {strategy.__name__}, which hides the parameters in flat buffers. Use"
+        " DDPStrategy, or ModelParallelStrategy (FSDP2, tensor parallel)."
+    ):
+        method().setup(trainer, toy(), "fit")
+
+
+def test_anchors_of_split_parameters_stay_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lightning_tpgm.callbacks.base, "is_split", lambda parameter: True)
+    with says("`anchor_device` = 'cpu' does not support parameters that are split over processes: ... Leave it out."):
+        fit(toy(), TPGMCallback(anchor_device="cpu"))
 
 
 def test_manual_optimization_needs_a_loss() -> None:

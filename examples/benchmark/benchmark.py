@@ -64,8 +64,9 @@ class Run:
         suite: Name of the suite.
         method: Name of the method.
         settings: The method's own, ``lr`` of the fine-tuning and ``probe_lr`` of the linear probe before it; where they
-            are given ``momentum`` of SGD, instead of the suite's optimizer, ``held_out``, the share of the held-out
-            data that is used, and ``free_head``, whether the head is not constrained.
+            are given ``momentum`` of SGD, instead of the suite's optimizer, ``again``: from the suite's second
+            pretraining, ``held_out``, the share of the held-out data that is used, and ``free_head``: the head is not
+            constrained.
         seed: Of the split, the order of the data, and the dropout.
         epochs: Of every fit.
     """
@@ -102,7 +103,8 @@ class Run:
     def pretrained(self, lr: float) -> LightningModule:
         """The pretrained module, and the random state of the seed."""
         seed_everything(self.seed, verbose=False)
-        return load_suite(self.suite).model(lr)
+        again = {"again": True} if self.settings.get("again") else {}
+        return load_suite(self.suite).model(lr, **again)
 
     def probed(self) -> LightningModule:
         """The module after a linear probe: nothing but the head was trained."""
@@ -143,8 +145,7 @@ class Run:
     def plain(self) -> Path:
         """The state dict after plain fine-tuning."""
         rates = "{probe_lr:g}-{lr:g}".format_map(self.settings)
-        if "momentum" in self.settings:
-            rates += f"-momentum-{self.settings['momentum']:g}"
+        rates += "".join(f"-{name}-{self.settings[name]:g}" for name in ("momentum", "again") if name in self.settings)
         return self.stored(f"plain-{rates}", lambda: self.fit(self.start()))
 
     def fine_tuned(self) -> LightningModule:
@@ -179,7 +180,7 @@ class Run:
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore")
         started = time.perf_counter()
-        shared = ("lr", "probe_lr", "momentum", "held_out", "free_head")
+        shared = ("lr", "probe_lr", "momentum", "again", "held_out", "free_head")
         own = {name: value for name, value in self.settings.items() if name not in shared}
         if self.settings.get("free_head"):
             own["exclude"] = [load_suite(self.suite).head]

@@ -109,7 +109,9 @@ def data_sets() -> tuple[TensorDataset, dict[str, TensorDataset]]:
 SUITE = Suite(
     name="emoji",
     data=lambda seed: Data(*data_sets(), seed, train=366, held_out=40),
-    model=lambda lr: EmojiClassifier(lr, weights=str(cached("emoji_pretrained.pt"))),
+    model=lambda lr, again=False: EmojiClassifier(
+        lr, weights=str(cached("emoji_pretrained_again.pt" if again else "emoji_pretrained.pt"))
+    ),
     head="network._fc.*",
     probe_first=False,
     learning_rates=(3e-4, 1e-3),
@@ -117,5 +119,5 @@ SUITE = Suite(
     epochs=10,
     in_distribution=TARGET,
     groups={"seen in pretraining": SEEN, "never seen": UNSEEN},
-    elsewhere={"AdamW, lr 1e-3": {"lr": 1e-3}, "SGD, lr 1e-2": {"lr": 1e-2, "momentum": 0.9}},
+    elsewhere={"pretrained anew": {"again": True}},
 )

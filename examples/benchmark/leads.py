@@ -84,8 +84,8 @@ class RelativeTPGM(TPGMCallback):
 LEADS = (
     Method("log radius, mars", over(radius_lr=(0.03, 0.1)), partial(LogTPGM, norm="mars")),
     Method("log radius, l2", over(radius_lr=(0.03, 0.1)), partial(LogTPGM, norm="l2")),
-    Method("relative rate, mars", over(radius_lr=(0.03, 0.1)), partial(RelativeTPGM, norm="mars")),
-    Method("relative rate, l2", over(radius_lr=(0.03, 0.1)), partial(RelativeTPGM, norm="l2")),
+    Method("relative rate, mars", over(radius_lr=(0.1,)), partial(RelativeTPGM, norm="mars")),
+    Method("relative rate, l2", over(radius_lr=(0.1,)), partial(RelativeTPGM, norm="l2")),
     Method("boundary gradient, l2", over(radius_lr=(0.01,)), partial(BoundaryTPGM, norm="l2")),
     Method("wide start, mars", over(radius_lr=(0.1,)), partial(WideTPGM, norm="mars")),
     Method("head not constrained, mars", ({"radius_lr": 0.1, "free_head": True},), TPGMCallback),

@@ -104,4 +104,4 @@ ELSEWHERE = (
     Method("TPGM, mars", ({"norm": "mars", "radius_lr": 0.1, "radius_steps": 1},), TPGMCallback),
     Method(POST_HOC.name, ({"radius_steps": 200},)),
 )
-"""What is run at other learning rates and with another optimizer, at these fixed settings."""
+"""What is compared under other conditions, at these fixed settings."""

@@ -71,11 +71,11 @@ class BroadPretraining(emoji.EmojiClassifier):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def pretrain_emoji(path: Path) -> None:
+def pretrain_emoji(path: Path, seed: int = 0) -> None:
     """Broad pretraining: from ImageNet weights, on three styles of the first third of the code points."""
     drawn = emoji_data.load(cached("emoji.npz"))
     data = emoji.pictures(drawn, emoji.SEEN, emoji.thirds(drawn).pretraining)
-    seed_everything(0, verbose=False)
+    seed_everything(seed, verbose=False)
     torch.set_num_threads(1)  # the same weights on any number of cores
     model = BroadPretraining(lr=5e-4)
     trainer = Trainer(accelerator="cpu", max_epochs=12, logger=False, enable_checkpointing=False)
@@ -100,6 +100,7 @@ def main() -> None:
         cached("sentiment.npz"), lambda path: sentiment.build(fetch_source_distribution("vaderSentiment", "0.5"), path)
     )
     make(cached("emoji_pretrained.pt"), pretrain_emoji)
+    make(cached("emoji_pretrained_again.pt"), lambda path: pretrain_emoji(path, seed=1))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Suite:
     Attributes:
         name: Of its results file.
         data: Makes the data of a seed.
-        model: Makes the pretrained module with a learning rate.
+        model: Makes the pretrained module with a learning rate; with ``again=True`` that of a second pretraining.
         head: Pattern of the names of the head's parameters.
         probe_first: Whether every method starts from a linear probe, because the head has no pretrained weights.
         learning_rates: The grid for plain fine-tuning; all methods use the one that is chosen.
@@ -73,12 +73,12 @@ class Suite:
         groups: The other domains: name of the group, its domains.
         precision: Of the Trainer.
         selection_seeds: Number of seeds that settings are chosen by.
-        elsewhere: Other learning rates and optimizers that some methods are run with: by name, what differs.
+        elsewhere: Other conditions that some methods are compared under: by name, the settings that differ.
     """
 
     name: str
     data: Callable[[int], Data]
-    model: Callable[[float], LightningModule]
+    model: Callable[..., LightningModule]
     head: str
     probe_first: bool
     learning_rates: tuple[float, ...]

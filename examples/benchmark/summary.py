@@ -129,7 +129,7 @@ def table(suites: Sequence[SuiteResults], methods: Sequence[Method | Fixed] = (*
 
 
 def elsewhere_table(suites: Sequence[SuiteResults]) -> str:
-    """Methods at fixed settings, at other learning rates and with another optimizer, in Markdown."""
+    """Methods at fixed settings under other conditions, in Markdown."""
     rows = [
         ["", *(method.name for method in ELSEWHERE)],
         ["---", *("---:" for _ in ELSEWHERE)],

@@ -41,12 +41,13 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def step_table(times: Times) -> str:
     """Each method's own time in a step over its floor."""
-    head = ["", "batch", "plain step, s", "TPGM, mars / floor", "TPGM, l2 / floor", "naive / TPGM, mars"]
+    tpgms = ("TPGM, mars", "TPGM, l2", "TPGM, mars, compiled")
+    head = ["", "batch", "plain step, s", *(f"{name} / floor" for name in tpgms), "naive / TPGM, mars"]
     head += [f"plain + {name}" for name in WITHOUT_EVALUATION]
     rows = []
     for (model, batch), t in times.items():
         floor = t["evaluation"] + COPIES * t["copy"]
-        tpgm = [f"{t[name] / floor:.2f}" for name in ("TPGM, mars", "TPGM, l2")]
+        tpgm = [f"{t[name] / floor:.2f}" for name in tpgms]
         plain = [f"{1 + t[name] / t['plain step']:.2f}" for name in WITHOUT_EVALUATION]
         rows.append([model, str(batch), f"{t['plain step']:.3g}", *tpgm, f"{t['naive'] / t['TPGM, mars']:.2f}", *plain])
     return table(head, rows)
@@ -60,6 +61,19 @@ def projection_table(times: Times) -> str:
         if batch == 1
     ]
     return table(["projection / three copies", "mars", "l2"], rows)
+
+
+def growth_table(growth: Times) -> str:
+    """Microseconds of a projection (mars), in brackets of three copies, by the numbers of tensors and parameters."""
+    by_size = {(int(t["tensors"]), int(t["parameters"])): t for t in growth.values()}
+    sizes = sorted({size for _, size in by_size})
+    rows = []
+    for tensors in sorted({tensors for tensors, _ in by_size}):
+        cells = [by_size[tensors, size] for size in sizes]
+        rows.append(
+            [f"{tensors:,}", *(f"{1e6 * t['TPGM, mars: projection']:.0f} ({3e6 * t['copy']:.0f})" for t in cells)]
+        )
+    return table(["tensors, parameters", *(f"{size:,}" for size in sizes)], rows)
 
 
 def memory_table(path: Path, times: Times) -> str:
@@ -103,7 +117,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     results: Path = parser.parse_args().results
     times, growth = read(results / "times.csv"), read(results / "growth.csv")
-    tables = [step_table(times), projection_table(times), memory_table(results / "memory.csv", times)]
+    tables = [step_table(times), projection_table(times), growth_table(growth)]
+    tables.append(memory_table(results / "memory.csv", times))
     figure(growth, results / "growth.png")
     print(json.loads((results / "machine.json").read_text()), *tables, sep="\n\n")
     if results == RESULTS:

@@ -48,6 +48,7 @@ class RadiusCallback(AnchoredCallback):
     ) -> None:
         check(is_number(radius_lr) and radius_lr > 0, "radius_lr", "a positive number", radius_lr)
         check(norm in NORMS, "norm", f"one of {', '.join(map(repr, NORMS))}", norm)
+        check(isinstance(compile, bool), "compile", "True or False", compile)
         super().__init__(exclude, pretrained, log, summary, anchor_device)
         self.radius_lr = radius_lr
         self.norm = norm
