@@ -261,7 +261,8 @@ class _Group:
         mine = (tensors[index] for index in self.indices)
         present = [self._zero.expand(self._size) if tensor is None else tensor for tensor in mine]
         if not self._is_view:
-            return torch.stack(present).view(self.rows, self._length).to(self._zero.device)
+            matrix = torch.stack(present).reshape(self.rows, self._length)  # stacked in the memory order of the parts
+            return matrix.to(self._zero.device)
         (tensor,) = present
         if tensor.stride() != self._stride:  # the elements of all matrices are in the same order
             tensor = tensor.new_empty_strided(self._size, self._stride).copy_(tensor)

@@ -112,6 +112,26 @@ def test_memory_whose_order_changes_during_training() -> None:
     torch.testing.assert_close(weight, expected)
 
 
+@pytest.mark.parametrize("norm", ["mars", "l2"])
+def test_small_tensors_of_any_order_share_a_matrix(norm: Norm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lightning_tpgm.layout, "SHARED", 100)
+    monkeypatch.setitem(lightning_tpgm.layout.BLOCK, "cpu", 1000)
+    weights, anchors, grads = (some([(3, 2, 2, 2)] * 2, seed) for seed in range(3))
+    expected = [project(w, a, torch.tensor(0.5)) for w, a in zip(weights, anchors, strict=True)]
+    dots = [row_dot(g, deviation(w, a), norm) for g, w, a in zip(grads, weights, anchors, strict=True)]
+    weights, anchors, grads = (
+        [tensor.to(memory_format=torch.channels_last) for tensor in tensors] for tensors in (weights, anchors, grads)
+    )
+    layout = Layout(weights, norm)
+    w, a, g = (layout.arrange(tensors) for tensors in (weights, anchors, grads))
+    assert len(w) == 1
+    found = layout.dots(g, w, a)
+    torch.testing.assert_close(found, one_by_one(dots))
+    layout.project(weights, w, a, torch.full_like(found, 0.5))
+    for tensor, value in zip(weights, expected, strict=True):
+        torch.testing.assert_close(tensor, value)
+
+
 @pytest.mark.parametrize("shape", [(3,), (6, 4)])
 def test_gradients(shape: tuple[int, ...]) -> None:
     weights, anchors, grads = (some([shape] * 3, seed) for seed in range(3))
