@@ -2,7 +2,7 @@
 
 Everything is timed in one process and in alternating rounds, so that what else the machine does falls on all alike:
 a plain training step, the evaluation that TPGM cannot do without, a copy of the weights, each method, and a naive
-transcription of the paper's algorithm. About half an hour on two cores; `--quick` takes some minutes.
+transcription of the paper's algorithm. About 45 minutes on two cores; `--quick` takes some minutes.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -51,6 +52,36 @@ def step_table(times: Times) -> str:
         plain = [f"{1 + t[name] / t['plain step']:.2f}" for name in WITHOUT_EVALUATION]
         rows.append([model, str(batch), f"{t['plain step']:.3g}", *tpgm, f"{t['naive'] / t['TPGM, mars']:.2f}", *plain])
     return table(head, rows)
+
+
+def too_slow(times: Times) -> list[str]:
+    """The ratios that are above what they should be: what a change made slower. Read them with the machine's noise."""
+    found = []
+    for (model, batch), t in times.items():
+        ratios: dict[str, tuple[float, float]] = {}
+        for norm in ("mars", "l2"):
+            floor = t["evaluation"] + COPIES * t["copy"]
+            if (model, batch) in ((MAIN[0], 8), (MAIN[1], 8)):
+                ratios[f"TPGM, {norm} / floor"] = (t[f"TPGM, {norm}"] / floor, 1.1)
+            if batch == 1 and model in MAIN:
+                ratios[f"projection, {norm} / three copies"] = (
+                    t[f"TPGM, {norm}: projection"] / (3 * t["copy"]),
+                    2.0,
+                )
+        if batch == 32 and model in MAIN:
+            ratios |= {
+                f"plain + {name}": (1 + t[name] / t["plain step"], 1.1)
+                for name in WITHOUT_EVALUATION
+                if name != "DiGraP"
+            }
+        if model in MAIN:
+            ratios["TPGM, mars / naive"] = (t["TPGM, mars"] / t["naive"], 1.0)
+        found += [
+            f"{model}, batch {batch}: {name} = {value:.2f}, expected at most {bound}"
+            for name, (value, bound) in ratios.items()
+            if value > bound
+        ]
+    return found
 
 
 def projection_table(times: Times) -> str:
@@ -104,26 +135,43 @@ def figure(growth: Times, path: Path) -> None:
     plt.close(figure)
 
 
-def put(path: Path, name: str, text: str) -> None:
-    """Write a text between the marks of a Markdown file."""
+def put(text: str, name: str, table: str) -> str:
+    """The text with another one between the marks of this name."""
     begin, end = (f"<!-- {name}: {place} -->" for place in ("begin", "end"))
-    before, rest = path.read_text().split(begin)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+
+
+def documents() -> dict[Path, str]:
+    """The two READMEs, with the tables of the committed results in them."""
+    times, growth = (read(RESULTS / f"{name}.csv") for name in ("times", "growth"))
+    tables = [step_table(times), projection_table(times), growth_table(growth)]
+    tables.append(memory_table(RESULTS / "memory.csv", times))
+    details = RESULTS.parent / "README.md"
+    main = step_table({key: t for key, t in times.items() if key[0] in MAIN})
+    return {
+        README: put(README.read_text(), "cost", main),
+        details: put(details.read_text(), "tables", "\n\n".join(tables)),
+    }
 
 
 def main() -> None:
     """Write them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    results: Path = parser.parse_args().results
+    parser.add_argument("--check", action="store_true", help="fail if a ratio is above its bound; write nothing")
+    arguments = parser.parse_args()
+    results: Path = arguments.results
     times, growth = read(results / "times.csv"), read(results / "growth.csv")
+    if arguments.check:
+        sys.exit("\n".join(too_slow(times)) or 0)
     tables = [step_table(times), projection_table(times), growth_table(growth)]
     tables.append(memory_table(results / "memory.csv", times))
     figure(growth, results / "growth.png")
     print(json.loads((results / "machine.json").read_text()), *tables, sep="\n\n")
     if results == RESULTS:
-        put(README, "cost", step_table({key: t for key, t in times.items() if key[0] in MAIN}))
-        put(RESULTS.parent / "README.md", "tables", "\n\n".join(tables))
+        for path, text in documents().items():
+            path.write_text(text)
 
 
 if __name__ == "__main__":
