@@ -100,7 +100,7 @@ def plot_steps(
     edges = [(a + b) / 2 for a, b in pairwise(steps)]
     edges = [steps[0] - 0.5, *edges, steps[-1] + 0.5]
     bounds = [row - 0.5 for row in range(len(names) + 1)]
-    values = values.clamp(min=low / 2)  # a logarithm of 0 would be blank
+    values = values.clamp(min=low / 2) if log else values  # a logarithm of 0 would be blank
     mesh = ax.pcolormesh(edges, bounds, values.T.numpy(), norm=norm, cmap="cividis")
     figure.colorbar(mesh, ax=ax, extend="min" if log and low < high / DECADES else "neither")
     ax.set(title=title, xlabel="optimizer step")
