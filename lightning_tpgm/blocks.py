@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_tpgm.norms import Norm, deviation, row_norm
 from lightning_tpgm.projection import project
@@ -50,13 +51,18 @@ def _write_projection(target: Tensor, weight: Tensor, anchor: Tensor, ratio: Ten
 
 @dataclass(frozen=True)
 class Blocks:
-    """The functions of this module, in one of their two forms; `fused` says which."""
+    """The functions of this module, as they are, or compiled for a type of device."""
 
     distances: Callable[[Tensor, Tensor, Norm], Tensor] = distances
     copied_distances: Callable[[Tensor, Tensor, Tensor, Norm], Tensor] = copied_distances
     dots: Callable[[Tensor, Tensor, Tensor], Tensor] = dots
     write_projection: Callable[[Tensor, Tensor, Tensor, Tensor], None] = write_projection
-    fused: bool = False
+    compiled_for: str | None = None
+
+    @override
+    def __reduce__(self) -> tuple[Callable[..., Blocks], tuple[str, ...]]:
+        """Compiled functions cannot be pickled: they are compiled again where they arrive."""
+        return (Blocks, ()) if self.compiled_for is None else (fused_blocks, (self.compiled_for,))
 
 
 PLAIN = Blocks()
@@ -77,7 +83,7 @@ def fused_blocks(device: str) -> Blocks:
         torch.compile(copied_distances, dynamic=True),
         torch.compile(dots, dynamic=True),
         torch.compile(_write_projection, dynamic=True),
-        fused=True,
+        compiled_for=device,
     )
     probe = torch.ones(4, 5, device=device)
     compiled.write_projection(probe, probe, torch.zeros_like(probe), compiled.distances(probe, probe, "mars")[:, None])

@@ -49,7 +49,9 @@ class Layout:
         self._kind = norm
         self._blocks = blocks
         self._count = len(tensors)
-        self._groups = [_Group(indices, tensors, norm, blocks.fused) for indices in _grouped(tensors)]
+        self._groups = [
+            _Group(indices, tensors, norm, blocks.compiled_for is not None) for indices in _grouped(tensors)
+        ]
         dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self._device = tensors[0].device if tensors else torch.device("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -50,7 +51,8 @@ def test_compiled_work_follows_the_ordinary_path(method: str, tmp_path: Path, mo
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
     assert compiled.radii == pytest.approx(plain.radii, rel=1e-5, abs=1e-7)
-    assert compiled._layout._blocks.fused
+    assert compiled._layout._blocks.compiled_for == "cpu"
+    assert pickle.loads(pickle.dumps(compiled)).radii == compiled.radii  # as for another fit in started processes
 
 
 def test_clear_failure_where_nothing_can_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
