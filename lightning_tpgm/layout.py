@@ -153,6 +153,7 @@ class Layout:
             if group.is_missing(tensors):
                 continue
             matrix = group.to_write(tensors, reads)
+            # one tensor for both, not two of the same memory: what is compiled must not take them for different ones
             in_place = matrix.data_ptr() == weight.data_ptr()
             for rows, columns in group.blocks:
                 target = matrix[rows, columns].detach()

@@ -117,6 +117,11 @@ def cell(found: Sequence[Result], plain: Sequence[Result], domains: Sequence[str
     return f"{accuracy:.1f} ({difference:+.1f} ± {error:.1f})"
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table's rows, the heading and the line under it included."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def table(suites: Sequence[SuiteResults], methods: Sequence[Method | Fixed] = (*METHODS, *FIXED, SMALL_RATE)) -> str:
     """Methods on suites, in Markdown."""
     columns = [(suite, heading, domains) for suite in suites for heading, domains in suite.columns.items()]
@@ -125,7 +130,7 @@ def table(suites: Sequence[SuiteResults], methods: Sequence[Method | Fixed] = (*
         ["---", *("---:" for _ in columns)],
         *([method.name, *(suite.cell(method.name, domains) for suite, _, domains in columns)] for method in methods),
     ]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown(rows)
 
 
 def elsewhere_table(suites: Sequence[SuiteResults]) -> str:
@@ -140,7 +145,7 @@ def elsewhere_table(suites: Sequence[SuiteResults]) -> str:
             for heading, domains in suite.columns.items()
         ),
     ]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown(rows)
 
 
 def settings_table(suites: Sequence[SuiteResults]) -> str:
@@ -155,7 +160,7 @@ def settings_table(suites: Sequence[SuiteResults]) -> str:
             if len(method.grid) > 1
         ),
     ]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown(rows)
 
 
 def draw_trade_off(axes: Axes, suite: SuiteResults) -> None:

@@ -59,8 +59,8 @@ def too_slow(times: Times) -> list[str]:
     found = []
     for (model, batch), t in times.items():
         ratios: dict[str, tuple[float, float]] = {}
+        floor = t["evaluation"] + COPIES * t["copy"]
         for norm in ("mars", "l2"):
-            floor = t["evaluation"] + COPIES * t["copy"]
             if (model, batch) in ((MAIN[0], 8), (MAIN[1], 8)):
                 ratios[f"TPGM, {norm} / floor"] = (t[f"TPGM, {norm}"] / floor, 1.1)
             if batch == 1 and model in MAIN:
@@ -135,6 +135,13 @@ def figure(growth: Times, path: Path) -> None:
     plt.close(figure)
 
 
+def tables(results: Path) -> str:
+    """All tables of a folder of results."""
+    times = read(results / "times.csv")
+    growth, memory = growth_table(read(results / "growth.csv")), memory_table(results / "memory.csv", times)
+    return "\n\n".join([step_table(times), projection_table(times), growth, memory])
+
+
 def put(text: str, name: str, table: str) -> str:
     """The text with another one between the marks of this name."""
     begin, end = (f"<!-- {name}: {place} -->" for place in ("begin", "end"))
@@ -144,14 +151,12 @@ def put(text: str, name: str, table: str) -> str:
 
 def documents() -> dict[Path, str]:
     """The two READMEs, with the tables of the committed results in them."""
-    times, growth = (read(RESULTS / f"{name}.csv") for name in ("times", "growth"))
-    tables = [step_table(times), projection_table(times), growth_table(growth)]
-    tables.append(memory_table(RESULTS / "memory.csv", times))
+    times = read(RESULTS / "times.csv")
     details = RESULTS.parent / "README.md"
     main = step_table({key: t for key, t in times.items() if key[0] in MAIN})
     return {
         README: put(README.read_text(), "cost", main),
-        details: put(details.read_text(), "tables", "\n\n".join(tables)),
+        details: put(details.read_text(), "tables", tables(RESULTS)),
     }
 
 
@@ -165,10 +170,8 @@ def main() -> None:
     times, growth = read(results / "times.csv"), read(results / "growth.csv")
     if arguments.check:
         sys.exit("\n".join(too_slow(times)) or 0)
-    tables = [step_table(times), projection_table(times), growth_table(growth)]
-    tables.append(memory_table(results / "memory.csv", times))
     figure(growth, results / "growth.png")
-    print(json.loads((results / "machine.json").read_text()), *tables, sep="\n\n")
+    print(json.loads((results / "machine.json").read_text()), tables(results), sep="\n\n")
     if results == RESULTS:
         for path, text in documents().items():
             path.write_text(text)
