@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import projects
 from lightning_tpgm import TPGMCallback
-from lightning_tpgm.framework import Callback
+from lightning_tpgm.callbacks.framework import Callback
 from properties import assert_distances, assert_inside_ball, assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other projects; ours are looked for

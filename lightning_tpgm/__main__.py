@@ -6,9 +6,9 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any
 
-from lightning_tpgm.framework import classes, pl, same_package
+from lightning_tpgm.callbacks.framework import classes, pl, same_package
+from lightning_tpgm.callbacks.post_hoc import project_checkpoint
 from lightning_tpgm.norms import Norm
-from lightning_tpgm.post_hoc import project_checkpoint
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -15,7 +15,7 @@ from lightning_tpgm.projection import project
 
 
 def distances(weight: Tensor, anchor: Tensor, norm: Norm) -> Tensor:
-    """n of every row, see `lightning_tpgm.norms.row_distance`.
+    """n of every row: the L1 norm (``"mars"``) or the Euclidean norm (``"l2"``) of its deviation.
 
     Args:
         weight: W, shape (R, L).
@@ -66,6 +66,16 @@ class Blocks:
 
 
 PLAIN = Blocks()
+
+
+def blocks_for(device: str, compile: bool) -> tuple[Blocks, str | None]:
+    """The functions for a type of device, and why they are not compiled although that was asked for."""
+    if not compile:
+        return PLAIN, None
+    try:
+        return fused_blocks(device), None
+    except Exception as error:  # noqa: BLE001  # whatever a compiler, or the lack of one, raises
+        return PLAIN, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 @cache

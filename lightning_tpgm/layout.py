@@ -88,7 +88,7 @@ class Layout:
     # ---- rows
 
     def distances(self, weights: Matrices, anchors: Matrices) -> Tensor:
-        """n of every row, see `lightning_tpgm.norms.row_distance`."""
+        """n of every row, see `lightning_tpgm.blocks.distances`."""
         return self._of_rows(lambda w, a: self._blocks.distances(w, a, self._kind), self._norm, weights, anchors)
 
     def copied_distances(self, weights: Matrices, anchors: Matrices, copies: Matrices) -> Tensor:

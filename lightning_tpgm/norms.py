@@ -40,32 +40,6 @@ def deviation(weight: Tensor, anchor: Tensor) -> Tensor:
     return weight.to(dtype) - anchor.to(dtype)
 
 
-def row_distance(deviation: Tensor, norm: Norm) -> Tensor:
-    """n = norm of each row of the deviation.
-
-    ``mars`` (maximum absolute row sum) takes the L1 norm of each row, ``l2`` the Frobenius norm of the whole tensor.
-
-    Args:
-        deviation: D, shape (R, ...).
-        norm: ``"mars"`` or ``"l2"``.
-
-    Returns:
-        n, with the reduced dimensions kept at size 1 so that it broadcasts against D: shape (R, 1, ...) for ``mars``
-        and tensors of two or more dimensions, (1, 1, ...) otherwise.
-
-    Source: Tian et al., "Trainable Projected Gradient Method for Robust Fine-tuning", CVPR 2023, section 3.3.
-
-    >>> row_distance(torch.tensor([[3.0, -4.0], [0.0, 1.0]]), "mars").tolist()
-    [[7.0], [1.0]]
-    >>> row_distance(torch.tensor([[3.0, -4.0], [0.0, 0.0]]), "l2").tolist()
-    [[5.0]]
-    """
-    dims = row_dims(deviation.ndim, norm)
-    if not dims:  # a scalar: `vector_norm(dim=())` would mean the same, but not in every torch version
-        return deviation.abs()
-    return row_norm(deviation, dims, norm)
-
-
 def row_norm(matrix: Tensor, dims: tuple[int, ...], norm: Norm) -> Tensor:
     """The L1 norm (``mars``) or the Euclidean norm (``l2``) over some dimensions, kept at size 1."""
     if norm == "mars":  # a third of the time of `vector_norm(ord=1)` on a CPU

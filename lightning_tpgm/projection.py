@@ -1,15 +1,13 @@
 """The projection onto a ball around the anchor, and how a loss changes with the ball's radius.
 
 In the notation of the papers: anchor W0, weight W, deviation D = W - W0, distance n, radius gamma. All functions are
-pure and take one tensor; distances come from `lightning_tpgm.norms.row_distance` and broadcast against the weight.
+pure; `lightning_tpgm.blocks` applies them to blocks of rows.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from lightning_tpgm.norms import Norm, deviation, row_dims
 
 EPS = 1e-8
 """Added to a distance that divides."""
@@ -83,56 +81,20 @@ def project(weight: Tensor, anchor: Tensor, ratio: Tensor, out: Tensor | None = 
     return projected if out is None else out.copy_(projected)
 
 
-def radius_gradient(
-    grad: Tensor, weight: Tensor, anchor: Tensor, distance: Tensor, radius: Tensor, norm: Norm
-) -> Tensor:
-    """dLoss/dgamma = sum over rows with 0 < gamma / (n + eps) < 1 of <G_row, D_row> / (n_row + eps).
-
-    The derivative of the loss at the projected weight W0 + r D with respect to the radius. Rows inside the ball do not
-    depend on the radius and add nothing.
-
-    Args:
-        grad: G = dLoss/dW at the projected weight, any shape and floating dtype.
-        weight: W, the weight *before* the projection, same shape.
-        anchor: W0, same shape.
-        distance: n, the distances of ``weight``.
-        radius: gamma, a scalar tensor.
-        norm: ``"mars"`` or ``"l2"``.
-
-    Returns:
-        A scalar tensor of the dtype of ``distance``.
-
-    Source: the chain rule through Tian et al., CVPR 2023, equation 4.
-    """
-    return radius_slope(row_dot(grad, deviation(weight, anchor), norm), distance, radius).sum()
-
-
 def radius_slope(dot: Tensor, distance: Tensor, radius: Tensor) -> Tensor:
     """What each row adds to dLoss/dgamma: <G_row, D_row> / (n_row + eps) if 0 < gamma / (n + eps) < 1, else 0.
+
+    G is the gradient of the loss at the projected weight W0 + r D. Rows inside the ball do not depend on the radius.
 
     Args:
         dot: <G_row, D_row>, any shape.
         distance: n, same shape.
         radius: gamma, broadcastable.
+
+    Source: the chain rule through Tian et al., CVPR 2023, equation 4.
     """
     active = radius / (distance + EPS)
     return torch.where((active > 0) & (active < 1), dot / (distance + EPS), 0)
-
-
-def row_dot(a: Tensor, b: Tensor, norm: Norm) -> Tensor:
-    """Inner product of each row of two tensors, shaped like the rows' distances.
-
-    Args:
-        a: Shape (R, ...).
-        b: Same shape.
-        norm: Says what a row is, as in `lightning_tpgm.norms.row_dims`.
-
-    >>> row_dot(torch.ones(2, 3), torch.ones(2, 3), "mars").tolist()
-    [[3.0], [3.0]]
-    """
-    product = a.to(b.dtype) * b
-    dims = row_dims(product.ndim, norm)
-    return product.sum(dim=dims, keepdim=True) if dims else product
 
 
 def legal_radius(radius: Tensor, largest: Tensor) -> Tensor:

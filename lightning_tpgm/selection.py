@@ -11,12 +11,12 @@ from torch.nn.parameter import is_lazy
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without what `torch.compile` adds to it.
+    """A parameter's name without what `torch.compile` and Fabric add to it.
 
     >>> clean_name("model._orig_mod.conv.weight")
     'model.conv.weight'
     """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_forward_module"))
 
 
 def constrainable(module: nn.Module, exclude: Sequence[str] = (), buffers: bool = False) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 
 from lightning_tpgm import TPGMCallback
-from lightning_tpgm.anchor import capture, match_pretrained, read_pretrained
+from lightning_tpgm.anchors import capture
+from lightning_tpgm.pretrained import match_pretrained, read_pretrained
 from properties import assert_same
 from toys import Toy, quiet_trainer, toy, train_loader, val_loader
 

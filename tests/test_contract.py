@@ -36,9 +36,8 @@ from lightning_tpgm import (
     TPGMCallback,
     WiSEFTCallback,
 )
-from lightning_tpgm.callbacks.base import AnchoredCallback
-from lightning_tpgm.callbacks.gradient import GradientCallback
-from lightning_tpgm.callbacks.radius import RadiusCallback
+from lightning_tpgm.callbacks.method import MethodCallback
+from lightning_tpgm.callbacks.radii import WithRadii
 from properties import assert_inside_ball, assert_same
 from reference import ReferenceFTP, ReferenceSPD
 from test_family import STEPS, start
@@ -67,7 +66,7 @@ class Method(NamedTuple):
         no_ball: Why the invariant "inside the ball" does not apply.
     """
 
-    make: Callable[..., AnchoredCallback]
+    make: Callable[..., MethodCallback]
     yaml: str
     at_end: bool = False
     reads_gradients: bool = False
@@ -253,7 +252,7 @@ def test_inside_ball(method: Method, optimizer: Any) -> None:
     if method.no_ball:
         pytest.skip(method.no_ball)
     module, callback = looking(optimizer), method.make()
-    assert isinstance(callback, RadiusCallback)
+    assert isinstance(callback, WithRadii)
     start, looks = parameters(module), 0
 
     def look() -> None:
@@ -498,12 +497,12 @@ def test_a_fused_optimizer_without_a_scaler_is_welcome(method: Method) -> None:
     assert_constrained(callback, Branches(), module)
 
 
-def assert_constrained(callback: AnchoredCallback, start: nn.Module, module: nn.Module) -> None:
+def assert_constrained(callback: MethodCallback, start: nn.Module, module: nn.Module) -> None:
     """All parameters have an anchor where they started, the module is elsewhere now, and the balls hold."""
     anchors = parameters(start)
     assert_same({name: callback.anchor[name] for name in anchors}, anchors)
     assert any(not torch.equal(parameter, anchors[name]) for name, parameter in parameters(module).items())
-    if isinstance(callback, RadiusCallback):
+    if isinstance(callback, WithRadii):
         assert_inside_ball(module, anchors, callback.radii, callback.norm)
 
 
@@ -648,7 +647,7 @@ def test_gradient_accumulation_equals_larger_batches(method: Method) -> None:
     expected, reference = Branches(), method.make()
     run(expected, reference, train=batches_of(4), precision="64-true")
     torch.testing.assert_close(parameters(module), parameters(expected), rtol=1e-6, atol=1e-9)
-    if isinstance(callback, RadiusCallback) and isinstance(reference, RadiusCallback):
+    if isinstance(callback, WithRadii) and isinstance(reference, WithRadii):
         assert callback.radii == pytest.approx(reference.radii, rel=1e-6, abs=1e-9)
 
 
@@ -675,7 +674,7 @@ class ManyOptimizers(Branches):
         self.look()
 
 
-def for_manual_optimization(method: Method) -> AnchoredCallback:
+def for_manual_optimization(method: Method) -> MethodCallback:
     callback = method.make()
     if not isinstance(callback, TPGMCallback):
         return callback
@@ -690,7 +689,7 @@ def test_several_optimizers(method: Method) -> None:
     start = parameters(module)
 
     def look() -> None:
-        if isinstance(callback, RadiusCallback) and not method.at_end:
+        if isinstance(callback, WithRadii) and not method.at_end:
             assert_inside_ball(module, start, callback.radii, callback.norm)
 
     module.look = look
@@ -705,7 +704,7 @@ def test_several_optimizers(method: Method) -> None:
 def test_several_optimizers_that_step_around_lightning(method: Method) -> None:
     """Methods that change gradients before the step say that they cannot; the others see every step."""
     module, callback = ManyOptimizers(raw=True), for_manual_optimization(method)
-    if isinstance(callback, GradientCallback):
+    if callback.make_method().changes_gradients:
         message = rf"^{type(callback).__name__} changes gradients .*(?s:.*) stepped without it.*use_pl_optimizer=True"
         with pytest.raises(MisconfigurationException, match=message):
             run(module, callback)
@@ -719,7 +718,7 @@ def test_several_optimizers_that_step_around_lightning(method: Method) -> None:
 def test_gradient_clipping(method: Method) -> None:
     """A bound that is never reached changes nothing; one that is reached is seen by the method."""
 
-    def clipped(value: float | None) -> tuple[dict[str, Tensor], AnchoredCallback]:
+    def clipped(value: float | None) -> tuple[dict[str, Tensor], MethodCallback]:
         module, callback = Branches(), method.make()
         run(module, callback, gradient_clip_val=value)
         return parameters(module), callback
@@ -728,7 +727,7 @@ def test_gradient_clipping(method: Method) -> None:
     assert_same(clipped(1e6)[0], free)
     weights, callback = clipped(0.05)
     assert not any(torch.equal(weight, free[name]) for name, weight in weights.items())
-    if isinstance(callback, RadiusCallback):
+    if isinstance(callback, WithRadii):
         assert_inside_ball(weights, parameters(Branches()), callback.radii, callback.norm)
 
 
@@ -825,7 +824,7 @@ def test_precision(method: Method, precision: str) -> None:
     assert {value.dtype for value in found.values()} == {dtype} == {value.dtype for value in callback.anchor.values()}
     exact, plain = trained({"precision": "64-true"}, method.make()), trained({"precision": "64-true"})
     assert apart(found, exact) <= tolerance * apart(plain, exact)
-    if isinstance(callback, RadiusCallback):
+    if isinstance(callback, WithRadii):
         assert_inside_ball(found, callback.anchor, callback.radii, callback.norm)
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_tpgm
-from lightning_tpgm.callbacks.base import AnchoredCallback
+from lightning_tpgm.callbacks.method import MethodCallback
 from my_project import ConvNet, Photos, ViT
 
 PAGES = sorted(Path(__file__).parents[1].joinpath("docs").glob("*.md"))
@@ -48,7 +48,7 @@ def run(page: Path, count: int | None = None) -> dict[str, Any]:
 
 @pages_with("python")
 def test_python_of_a_page_runs(page: Path) -> None:
-    fitted = [value for value in run(page).values() if isinstance(value, AnchoredCallback)]
+    fitted = [value for value in run(page).values() if isinstance(value, MethodCallback)]
     assert all(callback.anchor for callback in fitted)
     assert fitted or page.stem == "several"  # nothing is trained there
 
@@ -65,7 +65,7 @@ def test_yaml_of_a_page_is_a_configuration(page: Path, tmp_path: Path) -> None:
             seed_everything_default=False,
             save_config_callback=None,
         )
-        assert any(isinstance(callback, AnchoredCallback) for callback in cli.trainer.callbacks)
+        assert any(isinstance(callback, MethodCallback) for callback in cli.trainer.callbacks)
 
 
 def test_blocks_are_of_known_kinds() -> None:

@@ -19,9 +19,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lightning_tpgm import TPGMCallback
-from lightning_tpgm.evaluation import HeldOutLoss
-from lightning_tpgm.heldout import HeldOutBatch
-from lightning_tpgm.isolation import no_trace
+from lightning_tpgm.callbacks.evaluation import HeldOutLoss
+from lightning_tpgm.callbacks.heldout import HeldOutBatch
+from lightning_tpgm.callbacks.isolation import no_trace
 from zoo import Blobs, Classifier, assert_identical, blobs, classifier_loss, quiet_trainer, weights_of
 
 BATCH = list(blobs(8, seed=2)[:])

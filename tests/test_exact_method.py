@@ -168,7 +168,7 @@ def test_exact_method_float64_loop(
 
 def test_exact_method_adam_equals_torch() -> None:
     """The radii's own Adam and `torch.optim.Adam` make the same steps, also for radii that join later."""
-    from lightning_tpgm.radii import Radii
+    from lightning_tpgm.methods.learned import Radii
 
     radii = Radii(lr=0.02)
     radii.add(["a", "b"])

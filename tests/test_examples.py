@@ -56,6 +56,21 @@ def test_two_processes(tmp_path: Path) -> None:
     assert max(radii(printed).values()) > 0.1
 
 
+def test_plain_loop(tmp_path: Path) -> None:
+    """The robust loop knows the new digits as well, and MNIST far better."""
+    printed = run("plain_loop.py", tmp_path)
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", printed)]
+    plain_new, plain_old, robust_new, robust_old = shares
+    assert robust_new > plain_new - 2
+    assert robust_old > plain_old + 10
+
+
+def test_fabric_loop(tmp_path: Path) -> None:
+    printed = run("fabric_loop.py", tmp_path)
+    said = re.findall(r"^(epoch \d|farthest)", printed, flags=re.MULTILINE)
+    assert said == ["epoch 3", "farthest", "epoch 6", "farthest"]
+
+
 @pytest.mark.slow
 def test_post_hoc(tmp_path: Path) -> None:
     printed = run("post_hoc.py", tmp_path, "--epochs", "1", "--radius-steps", "3", "--output", "made")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import lightning_tpgm.framework as framework
+import lightning_tpgm.callbacks.framework as framework
 
 PROJECT = """
 import sys

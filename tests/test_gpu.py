@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_tpgm import FTPCallback, TPGMCallback
-from lightning_tpgm.callbacks.radius import RadiusCallback
+from lightning_tpgm.callbacks.radii import WithRadii
 from zoo import AfterEachStep, Blobs, Classifier, assert_inside_balls, blobs, quiet_trainer, seed_everything, weights_of
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
-METHODS: dict[str, Callable[..., RadiusCallback]] = {
+METHODS: dict[str, Callable[..., WithRadii]] = {
     "TPGM mars": TPGMCallback,
     "TPGM l2": partial(TPGMCallback, norm="l2", radius_steps=2),
     "FTP": FTPCallback,

@@ -31,8 +31,9 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_tpgm import TPGMCallback, heldout
-from lightning_tpgm.heldout import HeldOutBatches, held_out_batches, rebuild_loader, resolve_loader
+from lightning_tpgm import TPGMCallback
+from lightning_tpgm.callbacks import heldout
+from lightning_tpgm.callbacks.heldout import HeldOutBatches, held_out_batches, rebuild_loader, resolve_loader
 from zoo import CLASSES, FEATURES, Blobs, Classifier, assert_identical, blobs, quiet_trainer
 
 # Python 3.12 warns of every fork of a process with threads, and torch has some.

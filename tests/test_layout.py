@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import lightning_tpgm.layout
 from lightning_tpgm.layout import Layout
-from lightning_tpgm.norms import Norm, deviation, row_distance
-from lightning_tpgm.projection import project, ratio, row_dot
+from lightning_tpgm.norms import Norm, deviation
+from lightning_tpgm.projection import project, ratio
 
 SHAPES = [(), (1,), (7,), (0,), (3, 5), (5, 3), (1, 15), (0, 4), (4, 0), (4, 3, 2, 2), (2, 3, 3)]
 
@@ -31,6 +31,19 @@ def small_limits() -> Iterator[None]:
 def some(shapes: list[tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def matrix(tensor: Tensor, norm: Norm) -> Tensor:
+    """The rows of one tensor, one after the other."""
+    return tensor.flatten(1) if norm == "mars" and tensor.ndim > 1 else tensor.reshape(1, -1)
+
+
+def row_distance(deviation: Tensor, norm: Norm) -> Tensor:
+    return torch.linalg.vector_norm(matrix(deviation, norm), ord=1 if norm == "mars" else 2, dim=1)
+
+
+def row_dot(grad: Tensor, deviation: Tensor, norm: Norm) -> Tensor:
+    return (matrix(grad.to(deviation.dtype), norm) * matrix(deviation, norm)).sum(dim=1)
 
 
 def one_by_one(values: list[Tensor]) -> Tensor:
@@ -69,7 +82,7 @@ def test_rows_and_projections_are_those_of_one_tensor(
     radii = largest / 2
     ratios = ratio(layout.of_rows(radii), found)
     projected = [
-        project(w, a, ratio(radius, n))
+        project(matrix(w, norm), matrix(a, norm), ratio(radius, n)[:, None]).reshape(w.shape)
         for w, a, radius, n in zip(weights, anchors, radii, [e.to(layout.dtype) for e in expected], strict=True)
     ]
     kept = layout.copy(weights)

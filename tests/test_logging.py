@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, TPGMCallback, WiSEFTCallback
-from lightning_tpgm.framework import logging_step, logs_are_due
+from lightning_tpgm.callbacks.framework import logging_step, logs_are_due
 from toys import quiet_trainer, toy, train_loader, val_loader
 
 SUMMARY = ["binding", "distance", "heldout_loss", "mean_ratio", "min_ratio"]

@@ -22,7 +22,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassPrecision, MulticlassRecall
 
 from lightning_tpgm import TPGMCallback
-from lightning_tpgm.isolation import no_trace
+from lightning_tpgm.callbacks.isolation import no_trace
 from zoo import CLASSES, FEATURES, Blobs, Counted, assert_identical, blobs, quiet_trainer, seed_everything
 
 BATCH_SIZE = 8

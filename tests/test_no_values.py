@@ -20,11 +20,12 @@ from typing_extensions import override
 
 import lightning_tpgm.layout
 from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, TPGMCallback
-from lightning_tpgm.callbacks.base import AnchoredCallback
+from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.layout import SHARED
+from lightning_tpgm.methods import Method
 from toys import quiet_trainer
 
-METHODS: dict[str, Callable[..., AnchoredCallback]] = {
+METHODS: dict[str, Callable[..., MethodCallback]] = {
     "tpgm": lambda **options: TPGMCallback([torch.ones(2, 3)], **options),
     "tpgm l2": lambda **options: TPGMCallback([torch.ones(2, 3)], norm="l2", radius_steps=2, **options),
     "ftp": FTPCallback,
@@ -86,7 +87,7 @@ class Arrivals(TorchFunctionMode):
         return result
 
 
-def arrivals_in_four_steps(callback: AnchoredCallback) -> list[list[int]]:
+def arrivals_in_four_steps(callback: MethodCallback) -> list[list[int]]:
     """What arrived on the device in the callback's share of each step."""
     steps: list[list[int]] = []
 
@@ -98,9 +99,15 @@ def arrivals_in_four_steps(callback: AnchoredCallback) -> list[list[int]]:
 
         return run
 
-    for name in ("change_gradients", "before_optimizer_step", "after_optimizer_step"):
-        if hasattr(callback, name):
-            setattr(callback, name, watched(getattr(callback, name)))
+    made = callback.make_method
+
+    def make_method() -> Method:
+        found = made()
+        for name in ("change_gradients", "before", "after"):
+            setattr(found, name, watched(getattr(found, name)))
+        return found
+
+    callback.make_method = make_method  # type: ignore[method-assign]
     strategy = SingleDeviceStrategy(torch.device("meta"))
     trainer = quiet_trainer(callback, max_steps=9, max_epochs=None, strategy=strategy, accelerator=AnyDevice())
     with pytest.raises(Enough):

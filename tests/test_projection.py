@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from lightning_tpgm.norms import deviation, row_distance
-from lightning_tpgm.projection import EPS, MIN_RADIUS, legal_radius, project, radius_gradient, ratio, safe_ratio
+from lightning_tpgm.constrained import Constrained
+from lightning_tpgm.methods.learned import Radii
+from lightning_tpgm.projection import EPS, MIN_RADIUS, legal_radius, ratio
 from properties import (
     assert_idempotent,
     assert_same_direction,
@@ -31,15 +32,28 @@ class Case(NamedTuple):
     anchor: Tensor
     norm: str
 
+    def tensors(self, weight: Tensor) -> Constrained:
+        return Constrained({"w": weight}, {"w": self.anchor}, self.norm)
+
     def distance(self) -> Tensor:
-        return row_distance(deviation(self.weight, self.anchor), self.norm)
+        """Of every row, in the order of the package's own."""
+        tensors = self.tensors(self.weight)
+        return tensors.rows(tensors.weights())
 
     def project(self, weight: Tensor, radius: float | Tensor) -> Tensor:
-        """The composition that the callbacks use."""
-        distance = row_distance(deviation(weight, self.anchor), self.norm)
-        size = row_distance(deviation(self.anchor, torch.zeros_like(self.anchor)), self.norm)
-        roundoff = distance.new_tensor(torch.finfo(weight.dtype).eps / 2)
-        return project(weight, self.anchor, safe_ratio(distance.new_tensor(radius), distance, size, roundoff))
+        """What methods do with all their tensors, of one."""
+        target = weight.clone()
+        tensors = self.tensors(target)
+        weights = tensors.copy()
+        tensors.project(weights, tensors.rows(weights), tensors.scalar().new_tensor([float(radius)]))
+        return target
+
+    def gradient(self, grad: Tensor, radius: float) -> Tensor:
+        """dLoss/dgamma, given the gradient at the projected weight."""
+        tensors = self.tensors(self.weight)
+        weights, radii = tensors.weights(), Radii(0.1)
+        radii.value = tensors.scalar().new_tensor([radius])
+        return radii.slope(tensors, tensors.arrange([grad]), weights, tensors.rows(weights))
 
 
 @st.composite
@@ -126,10 +140,7 @@ def test_zero_deviation_is_finite(case: Case, radius: float) -> None:
     assert torch.equal(still.distance(), torch.zeros_like(still.distance()))
     assert_unchanged(lambda weight: still.project(weight, radius), still.weight)
     assert torch.isfinite(ratio(torch.tensor(radius), still.distance())).all()
-    gradient = radius_gradient(
-        torch.ones_like(still.weight), still.weight, still.anchor, still.distance(), torch.tensor(radius), still.norm
-    )
-    assert gradient == 0
+    assert still.gradient(torch.ones_like(still.weight), radius) == 0
 
 
 @draws
@@ -149,7 +160,7 @@ def test_gradient_of_the_radius_against_finite_differences(case: Case, fraction:
 
     at = case.project(case.weight, radius).requires_grad_()
     (grad,) = torch.autograd.grad(loss(at), at)
-    found = radius_gradient(grad, case.weight, case.anchor, distance, torch.tensor(radius).double(), case.norm)
+    found = case.gradient(grad, radius)
 
     h = 1e-6 * largest
     plus, minus = (loss(case.project(case.weight, radius + side * h)) for side in (1, -1))
@@ -164,12 +175,12 @@ def test_gradient_of_the_radius_against_finite_differences(case: Case, fraction:
 @given(cases(), st.floats(0.01, 0.99))
 def test_gradient_of_the_radius_against_the_reference(case: Case, fraction: float) -> None:
     distance = case.distance()
-    radius = torch.tensor(fraction * float(distance.amax()), dtype=distance.dtype)
+    radius = float(torch.tensor(fraction * float(distance.amax()), dtype=distance.dtype))
     assume(bool(((distance - radius).abs() > 1e-5 * distance.amax()).all()))
     grad = torch.cos(3 * case.weight.double()).to(case.weight.dtype)
-    found = radius_gradient(grad, case.weight, case.anchor, distance, radius, case.norm)
+    found = case.gradient(grad, radius)
     moved = case.weight.double() - case.anchor.double()
-    expected = reference.radius_gradient(grad, moved, float(radius), case.norm)
+    expected = reference.radius_gradient(grad, moved, radius, case.norm)
     assert found.dtype == distance.dtype
     assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 

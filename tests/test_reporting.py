@@ -17,9 +17,9 @@ from matplotlib.colors import LogNorm, Normalize
 from torch import Tensor
 
 from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, TPGMCallback, WiSEFTCallback, project_checkpoint
-from lightning_tpgm.history import History
-from lightning_tpgm.plotting import SHOWN_NAMES, plot_layers, plot_steps
-from lightning_tpgm.reporting import print_table, rows_of
+from lightning_tpgm.observing.history import History
+from lightning_tpgm.observing.plotting import SHOWN_NAMES, plot_layers, plot_steps
+from lightning_tpgm.observing.reporting import print_table, rows_of
 from properties import assert_same, distances, resolution
 from toys import Toy, quiet_trainer, toy, train_loader, val_loader
 
@@ -110,7 +110,7 @@ def test_table_shows_the_two_ends(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_table_needs_rich(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_tpgm.callbacks.observed.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_tpgm.callbacks.shared.find_spec", lambda name: None)
     with pytest.raises(MisconfigurationException, match="needs rich: pip install rich"):
         TPGMCallback(summary=True)
 
@@ -176,7 +176,7 @@ def test_checkpoint_without_history_loads(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "old.ckpt")
     resumed = TPGMCallback()
     quiet_trainer(resumed, max_epochs=2).fit(toy(), train_loader(), val_loader(), ckpt_path=tmp_path / "old.ckpt")
-    assert resumed._history.steps == [1, 2, 3, 4, 5, 6]
+    assert resumed._constraint.reporter.history.steps == [1, 2, 3, 4, 5, 6]
     resumed.plot("steps")
 
 
@@ -184,7 +184,7 @@ def test_checkpoint_without_history_loads(tmp_path: Path) -> None:
 def test_steps_recorded(make: Any, steps: range) -> None:
     """All where the values are at hand; at the logging cadence where they have to be measured."""
     callback = fitted(make(), max_epochs=2, log_every_n_steps=4)
-    assert callback._history.steps == list(steps)
+    assert callback._constraint.reporter.history.steps == list(steps)
 
 
 # --- the pictures

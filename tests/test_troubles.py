@@ -21,7 +21,9 @@ from torch.utils.data import (
 )
 
 from lightning_tpgm import FTPCallback, L2SPCallback, SPDCallback, TPGMCallback, WiSEFTCallback
-from lightning_tpgm.troubles import Watch, never_trained, shared_examples
+from lightning_tpgm.callbacks.overlap import shared_examples
+from lightning_tpgm.initialisation import never_trained
+from lightning_tpgm.observing.watch import Watch
 from toys import Toy, images, quiet_trainer, sgd, toy, train_loader, val_loader
 
 

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_tpgm import TPGMCallback, WiSEFTCallback
-from lightning_tpgm.callbacks.base import AnchoredCallback
+from lightning_tpgm.callbacks.method import MethodCallback
 from zoo import (
     CLASSES,
     AfterEachStep,
@@ -493,7 +493,7 @@ def test_stochastic_weight_averaging(first: bool, batch_norm: bool, tmp_path: Pa
     assert_inside_balls(module, start, largest_radii(seen.radii))
 
 
-AT_END: dict[str, Callable[[], AnchoredCallback]] = {
+AT_END: dict[str, Callable[[], MethodCallback]] = {
     "TPGM": lambda: TPGMCallback(when="fit_end", radius_steps=2),
     "WiSE-FT": lambda: WiSEFTCallback(alpha=0.0),
 }

@@ -38,7 +38,7 @@ import lightning_tpgm
 from cache import cached
 from leads import LEADS
 from lightning_tpgm import project_checkpoint, wise_ft_sweep
-from lightning_tpgm.callbacks.radius import RadiusCallback
+from lightning_tpgm.callbacks.radii import WithRadii
 from methods import ELSEWHERE, FIXED, LINEAR_PROBE, LP_FT, METHODS, PLAIN, POST_HOC, PRETRAINED, WISE_FT, Method
 from results import FOLDER, Result, Settings, append, choose, read
 from suite import SUITES, Suite, load_suite
@@ -201,7 +201,7 @@ class Run:
             (make,) = (method.callback for method in (*METHODS, *LEADS) if method.name == self.method)
             callback = make(**own)
             model = self.fit(self.start(), [callback])
-            if isinstance(callback, RadiusCallback):
+            if isinstance(callback, WithRadii):
                 radii = [(name, radius, callback.distances[name]) for name, radius in callback.radii.items()]
         seconds = time.perf_counter() - started
         suite = load_suite(self.suite)

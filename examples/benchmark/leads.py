@@ -9,17 +9,16 @@ from __future__ import annotations
 from functools import partial
 from unittest import mock
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
-import lightning_tpgm.callbacks.tpgm
+import lightning_tpgm.methods.learned
 from lightning_tpgm import TPGMCallback
-from lightning_tpgm.layout import Matrices
+from lightning_tpgm.constrained import Constrained
+from lightning_tpgm.methods import TPGM, Step
+from lightning_tpgm.methods.learned import Radii
 from lightning_tpgm.projection import EPS
-from lightning_tpgm.radii import Radii
 from methods import Method, over
 
 
@@ -34,14 +33,32 @@ class LogRadii(Radii):
         self.value = radius * torch.exp(self.value - radius)
 
 
-class LogTPGM(TPGMCallback):
-    """Learns log(gamma)."""
+class WideRadii(Radii):
+    """Every radius starts at the largest distance of the first step, not at half of the smallest."""
 
     @override
-    def reset_method(self) -> None:
-        """Uses such radii."""
-        super().reset_method()
-        self._radii = LogRadii(self.radius_lr)
+    def start(self, value: Tensor, where: Tensor | bool = True) -> None:
+        """Not yet."""
+
+    @override
+    def clamp(self, largest: Tensor, where: Tensor) -> None:
+        """Starts the radii, too."""
+        super().start(largest, where)
+        super().clamp(largest, where)
+
+
+class RelativeRadii(Radii):
+    """An update moves a radius by a share of the tensor's present distance, so one rate fits every scale and norm."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__(lr)
+        self.share = lr
+
+    @override
+    def clamp(self, largest: Tensor, where: Tensor) -> None:
+        """Sets the rates, too."""
+        self.lr = self.share * largest  # type: ignore[assignment]  # one of each tensor
+        super().clamp(largest, where)
 
 
 def left_derivative(dot: Tensor, distance: Tensor, radius: Tensor) -> Tensor:
@@ -49,36 +66,53 @@ def left_derivative(dot: Tensor, distance: Tensor, radius: Tensor) -> Tensor:
     return torch.where(radius <= distance, dot / (distance + EPS), 0)
 
 
-class BoundaryTPGM(TPGMCallback):
+class BoundaryTPGM(TPGM):
     """Takes the left derivative at the boundary."""
 
     @override
-    def after_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def after(self, tensors: Constrained, step: Step) -> None:
         """Does so by that gradient."""
-        with mock.patch.object(lightning_tpgm.callbacks.tpgm, "radius_slope", left_derivative):
-            super().after_optimizer_step(trainer, pl_module, optimizer)
+        with mock.patch.object(lightning_tpgm.methods.learned, "radius_slope", left_derivative):
+            super().after(tensors, step)
 
 
-class WideTPGM(TPGMCallback):
-    """Starts every radius at the largest distance of the first step, not at half of the smallest."""
+class Lead(TPGMCallback):
+    """TPGM with other radii, or another rule."""
 
-    @override
-    def _measure(self, weights: Matrices, copies: Matrices | None = None) -> tuple[Tensor, Tensor]:
-        """Starts the radii, too."""
-        distances, largest = super()._measure(weights, copies)
-        self._radii.start(largest)
-        return distances, largest
-
-
-class RelativeTPGM(TPGMCallback):
-    """An update moves a radius by a share of the tensor's present distance, so one rate fits every scale and norm."""
+    RADII: type[Radii] = Radii
+    RULE: type[TPGM] = TPGM
 
     @override
-    def _measure(self, weights: Matrices, copies: Matrices | None = None) -> tuple[Tensor, Tensor]:
-        """Sets the rates, too."""
-        distances, largest = super()._measure(weights, copies)
-        self._radii.lr = self.radius_lr * largest  # type: ignore[assignment]  # one of each tensor
-        return distances, largest
+    def make_method(self) -> TPGM:
+        """The same method but for that."""
+        method = super().make_method()
+        method.__class__ = self.RULE
+        method.radii = self.RADII(self.radius_lr)
+        return method
+
+
+class LogTPGM(Lead):
+    """Learns log(gamma)."""
+
+    RADII = LogRadii
+
+
+class WideTPGM(Lead):
+    """Starts wide."""
+
+    RADII = WideRadii
+
+
+class RelativeTPGM(Lead):
+    """Has relative rates."""
+
+    RADII = RelativeRadii
+
+
+class BoundaryCallback(Lead):
+    """Counts the boundary."""
+
+    RULE = BoundaryTPGM
 
 
 LEADS = (
@@ -86,7 +120,7 @@ LEADS = (
     Method("log radius, l2", over(radius_lr=(0.03, 0.1)), partial(LogTPGM, norm="l2")),
     Method("relative rate, mars", over(radius_lr=(0.1,)), partial(RelativeTPGM, norm="mars")),
     Method("relative rate, l2", over(radius_lr=(0.1,)), partial(RelativeTPGM, norm="l2")),
-    Method("boundary gradient, l2", over(radius_lr=(0.01,)), partial(BoundaryTPGM, norm="l2")),
+    Method("boundary gradient, l2", over(radius_lr=(0.01,)), partial(BoundaryCallback, norm="l2")),
     Method("wide start, mars", over(radius_lr=(0.1,)), partial(WideTPGM, norm="mars")),
     Method("head not constrained, mars", ({"radius_lr": 0.1, "free_head": True},), TPGMCallback),
     Method("half of the held-out data, mars", ({"radius_lr": 0.1, "held_out": 0.5},), TPGMCallback),

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_tpgm.norms import Norm, deviation, row_distance
+from lightning_tpgm.norms import Norm
 from lightning_tpgm.projection import legal_radius, ratio
 
 
@@ -32,8 +32,9 @@ class Naive:
         """Every parameter's projection, with the graph to its radius, which is made legal first."""
         found = {}
         for name, parameter in model.named_parameters():
-            d, radius = deviation(parameter.detach(), self.anchor[name]), self.radii[name]
-            n = row_distance(d, self.norm)
+            d, radius = parameter.detach() - self.anchor[name], self.radii[name]
+            dims = tuple(range(1 if self.norm == "mars" and d.ndim > 1 else 0, d.ndim))
+            n = torch.linalg.vector_norm(d, ord=1 if self.norm == "mars" else 2, dim=dims, keepdim=True)
             with torch.no_grad():
                 radius.copy_(legal_radius(n.min() / 2 if self.is_first else radius, n.max()))
             found[name] = self.anchor[name] + ratio(radius, n) * d

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, TPGMCallback
-from lightning_tpgm.callbacks.base import AnchoredCallback
+from lightning_tpgm.callbacks.method import MethodCallback
+from lightning_tpgm.constraint import Constraint
+from lightning_tpgm.methods import TPGM, Step
 from models import CLASSES, MODELS, Tiny, growing
 from naive import Naive
 
@@ -48,7 +50,7 @@ class HeldOut:
         yield HeldOut.batch
 
 
-METHODS: dict[str, Callable[[], AnchoredCallback]] = {
+METHODS: dict[str, Callable[[], MethodCallback]] = {
     "TPGM, mars": lambda: TPGMCallback(HeldOut(), norm="mars"),
     "TPGM, l2": lambda: TPGMCallback(HeldOut(), norm="l2"),
     "TPGM, mars, compiled": lambda: TPGMCallback(HeldOut(), norm="mars", compile=True),
@@ -99,9 +101,13 @@ class Clock(pl.Callback):
         (optimizer,) = trainer.optimizers
         parameters = list(pl_module.parameters())
         callbacks = {name: METHODS[name]() for name in self.methods}
-        for callback in callbacks.values():
+        step = Step(optimizer, 0)
+        constraints: dict[str, Constraint] = {}
+        for name, callback in callbacks.items():
             callback.setup(trainer, pl_module, "fit")
-            callback._begin(trainer, pl_module)  # what on_train_start does, but for listening to the optimizer
+            callback.on_train_start(trainer, pl_module)
+            constraints[name] = callback._constraint  # its steps are taken by hand, not by the optimizer
+            constraints[name].steps.stop()
         naive = Naive(pl_module, "mars") if self.peer else None
         weights, copy = ([p.detach().clone() for p in parameters] for _ in range(2))
 
@@ -115,9 +121,13 @@ class Clock(pl.Callback):
             torch.autograd.grad(pl_module.training_step(batch), parameters)
             pl_module.train()
 
-        def before(callback: AnchoredCallback) -> None:
-            callback.on_before_optimizer_step(trainer, pl_module, optimizer)
-            callback.before_optimizer_step(optimizer)
+        def before(constraint: Constraint) -> None:
+            constraint.before(step)
+            constraint.change_gradients(step)
+
+        def projection(constraint: Constraint) -> None:
+            tensors = constraint.tensors
+            constraint.method._constrain(tensors, range(0), tensors.vector([True for _ in tensors.names]))
 
         end = time.perf_counter() + self.seconds
         for round_ in range(-self.warm_up, self.rounds):
@@ -126,16 +136,17 @@ class Clock(pl.Callback):
             times = {"plain step": [seconds(plain)]}  # its gradients serve all methods
             with torch.no_grad():
                 times["copy"] = [seconds(lambda: torch._foreach_copy_(copy, weights))]
-            for name, callback in callbacks.items():
-                if isinstance(callback, TPGMCallback):  # machines have fast and slow moments: both in the same one
+            for name, constraint in constraints.items():
+                is_tpgm = isinstance(constraint.method, TPGM)
+                if is_tpgm:  # machines have fast and slow moments: both in the same one
                     times.setdefault("evaluation", []).append(seconds(evaluation))
                 with torch.no_grad():
-                    own = seconds(before, callback)
+                    own = seconds(before, constraint)
                     optimizer.step()
-                    times[name] = [own + seconds(callback.after_optimizer_step, trainer, pl_module, optimizer)]
-                    if isinstance(callback, TPGMCallback):
+                    times[name] = [own + seconds(constraint.after, step)]
+                    if is_tpgm:
                         optimizer.step()
-                        times[f"{name}: projection"] = [seconds(callback._constrain, trainer, pl_module, range(0))]
+                        times[f"{name}: projection"] = [seconds(projection, constraint)]
             if naive is not None:
                 optimizer.step()
                 times["naive"] = [seconds(naive, pl_module, batch)]

@@ -1,20 +1,15 @@
-"""L2-SP: an L2 penalty on the distance from the starting point."""
+"""L2-SP: an L2 penalty on the distance from the starting point, in a Lightning `Trainer`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing_extensions import Unpack, override
 
-import torch
-from torch.optim import Optimizer
-from typing_extensions import override
-
-from lightning_tpgm.anchor import AnchorDevice, Pretrained
-from lightning_tpgm.callbacks.base import check, is_number
-from lightning_tpgm.callbacks.gradient import GradientCallback
-from lightning_tpgm.callbacks.observed import Log
+from lightning_tpgm.callbacks.method import MethodCallback
+from lightning_tpgm.callbacks.shared import Shared
+from lightning_tpgm.methods import L2SP
 
 
-class L2SPCallback(GradientCallback):
+class L2SPCallback(MethodCallback):
     """Pulls the weights towards their pretrained values: adds ``strength * (W - W0)`` to every constrained gradient.
 
     That is the gradient of the penalty ``strength / 2 * ||W - W0||^2``. It is added before gradients are clipped. A
@@ -22,12 +17,7 @@ class L2SPCallback(GradientCallback):
 
     Args:
         strength: lambda, the weight of the penalty.
-        exclude: fnmatch patterns over parameter names; those are not constrained.
-        pretrained: Where the anchors come from, as in `TPGMCallback`; None: the weights at the start of the fit.
-        log: What goes to the trainer's loggers: ``"summary"``, ``"all"`` (also each tensor's values) or ``"none"``, as
-            in `TPGMCallback`.
-        summary: Whether the fit ends with a printed table, as in `TPGMCallback`.
-        anchor_device: ``"cpu"``: the anchors are kept in the host's memory, as in `TPGMCallback`.
+        shared: The arguments of `MethodCallback`, by keyword.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
@@ -43,22 +33,10 @@ class L2SPCallback(GradientCallback):
     _KEY = "l2sp"
     _SHOWN = ("strength", "exclude")
 
-    def __init__(
-        self,
-        strength: float = 1e-2,
-        exclude: Sequence[str] = (),
-        pretrained: Pretrained | None = None,
-        log: Log = "summary",
-        summary: bool = False,
-        anchor_device: AnchorDevice = None,
-    ) -> None:
-        check(is_number(strength) and strength >= 0, "strength", "a number that is not negative", strength)
-        super().__init__(exclude, pretrained, log, summary, anchor_device)
+    def __init__(self, strength: float = 1e-2, **shared: Unpack[Shared]) -> None:
         self.strength = strength
+        super().__init__(**shared)
 
     @override
-    def change_gradients(self, optimizer: Optimizer) -> None:
-        """g := g + lambda (W - W0)."""
-        layout = self._layout
-        strengths = layout.of_rows(torch.full_like(layout.scalar(), self.strength).expand(len(self._parameters)))
-        layout.add_deviations(self._gradients(optimizer), layout.arrange(self._weights), self._anchors, strengths)
+    def make_method(self) -> L2SP:
+        return L2SP(self.strength)

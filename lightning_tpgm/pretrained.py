@@ -1,4 +1,4 @@
-"""The pretrained weights: read from wherever the user has them, matched by name, kept like their parameters."""
+"""The pretrained weights: read from wherever the user has them, and matched by name."""
 
 from __future__ import annotations
 
@@ -12,25 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_tpgm.selection import clean_name
-from lightning_tpgm.sharding import local, split_like
 
-AnchorDevice = Literal["cpu"] | None
 Pretrained = nn.Module | str | os.PathLike[str] | Mapping[str, Tensor]
-
-
-def capture(value: Tensor, parameter: Tensor, device: AnchorDevice = None) -> Tensor:
-    """A copy of ``value`` of the dtype, device, memory layout and sharding of ``parameter``: its anchor.
-
-    Args:
-        value: The whole tensor, or one that is split like the parameter.
-        parameter: The parameter that the anchor belongs to.
-        device: ``"cpu"``: in the host's memory, pinned where there is a GPU, so that copies to it do not wait.
-    """
-    pinned = device == "cpu" and torch.cuda.is_available()
-    with torch.no_grad():
-        anchor = torch.empty_like(parameter, requires_grad=False, device=device, pin_memory=pinned)
-        local(anchor).copy_(split_like(value, parameter))
-        return anchor
 
 
 def read_pretrained(pretrained: Pretrained) -> dict[str, Tensor]:

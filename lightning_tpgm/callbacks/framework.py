@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,31 +98,39 @@ if not IN_USE:
     raise ImportError("lightning_tpgm needs Lightning: pip install lightning, or pip install pytorch-lightning.")
 
 
-_JOINT: dict[str, type] = {}
+class _OfEveryPackage:
+    """Stands for a class of Lightning among the bases of one of ours: that of every package in use."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __mro_entries__(self, bases: tuple[object, ...]) -> tuple[type, ...]:
+        return tuple(_find(package, self.name) for package in IN_USE)
 
 
-def _joint(name: str) -> type:
-    """A class that is a subclass of that of every package in use."""
-    bases = tuple(_find(package, name) for package in IN_USE)
-    _JOINT[name] = type(name.partition(":")[2], bases, {"__module__": __name__})
-    return _JOINT[name]
+_CALLBACK, _ERROR = "callbacks:Callback", "utilities.exceptions:MisconfigurationException"
 
 
 def join_later_imports() -> None:
-    """Let the joint classes derive from those of a package, too, that was imported since.
+    """Let our classes derive from those of a package, too, that was imported since.
 
     Else a Trainer of that package would not know a bare callback of ours for one, nor would its LightningCLI.
     """
-    for name, joint in _JOINT.items():
-        for found in classes(name):
-            if found not in joint.__mro__:
-                joint.__bases__ = (*joint.__bases__, found)
+    for name in (_CALLBACK, _ERROR):
+        found = classes(name)
+        derived: list[type] = [*set(chain.from_iterable(base.__subclasses__() for base in found))]
+        for ours in derived:
+            if ours.__module__.startswith("lightning_tpgm."):
+                ours.__bases__ = (*ours.__bases__, *(base for base in found if base not in ours.__mro__))
 
 
 if not TYPE_CHECKING:
     pl = import_module(IN_USE[0])
-    Callback = _joint("callbacks:Callback")
-    MisconfigurationException = _joint("utilities.exceptions:MisconfigurationException")
+    Callback = _OfEveryPackage(_CALLBACK)
+
+    class MisconfigurationException(_OfEveryPackage(_ERROR)):
+        """Lightning's error about settings that do not work."""
+
     # whichever package these come from: they ask nothing about their arguments' classes
     Tqdm = _find(IN_USE[0], "callbacks.progress.tqdm_progress:Tqdm")
     DummyLogger = _find(IN_USE[0], "loggers.logger:DummyLogger")

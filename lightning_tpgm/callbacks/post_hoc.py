@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_tpgm.anchor import Pretrained, capture, match_names, read_file, read_pretrained, state_dict_in
-from lightning_tpgm.callbacks.base import check
-from lightning_tpgm.callbacks.tpgm import TPGMCallback
-from lightning_tpgm.evaluation import Loss
-from lightning_tpgm.framework import (
+from lightning_tpgm.anchors import capture
+from lightning_tpgm.callbacks.evaluation import Loss
+from lightning_tpgm.callbacks.framework import (
+    Callback,
     DummyLogger,
     MisconfigurationException,
     is_overridden,
@@ -25,7 +24,11 @@ from lightning_tpgm.framework import (
     same_package,
     starts_functions,
 )
+from lightning_tpgm.callbacks.shared import configuration_errors
+from lightning_tpgm.callbacks.tpgm import TPGMCallback
+from lightning_tpgm.methods.method import check
 from lightning_tpgm.norms import Norm
+from lightning_tpgm.pretrained import Pretrained, match_names, read_file, read_pretrained, state_dict_in
 from lightning_tpgm.selection import clean_name
 from lightning_tpgm.sharding import full, local, reshard
 
@@ -82,10 +85,10 @@ def project_checkpoint(
         raise MisconfigurationException(
             f"`output` should be of the same kind as `finetuned` ({finetuned.suffix!r}), found {output.suffix!r}."
         )
-    check(output.parent.is_dir(), "output", "in an existing folder", str(output))
-    check(pretrained is not None, "pretrained", "a path, a mapping of tensors by name or a module", pretrained)
-    callback = _ProjectCheckpoint(
-        finetuned,
+    with configuration_errors():
+        check(output.parent.is_dir(), "output", "in an existing folder", str(output))
+        check(pretrained is not None, "pretrained", "a path, a mapping of tensors by name or a module", pretrained)
+    callback = TPGMCallback(
         dataloader,
         norm=norm,
         radius_lr=radius_lr,
@@ -104,30 +107,44 @@ def project_checkpoint(
             " (ddp_spawn, ddp_notebook), which keep what they learned to themselves. Pass strategy='ddp'."
         )
     validation = [()] if is_overridden("validation_step", model) else None  # without any, Lightning warns
-    with _without_training(trainer, model, callback):
+    at_start = _AtStart(callback, finetuned)
+    with _without_training(trainer, model, at_start):
         trainer.fit(model, train_dataloaders=[()], val_dataloaders=validation)
     if trainer.is_global_zero:
-        _write(finetuned, output, callback.projected)
+        _write(finetuned, output, at_start.projected)
     trainer.strategy.barrier()
     return callback
 
 
-class _ProjectCheckpoint(TPGMCallback):
-    """Does all work when the fit starts: the module is on its devices, and no training follows."""
+class _AtStart(Callback):
+    """Lets a callback do all its work when a fit starts: the module is on its devices, and no training follows."""
 
-    def __init__(self, finetuned: Path, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.finetuned = finetuned
+    def __init__(self, callback: TPGMCallback, finetuned: Path) -> None:
+        self.callback, self.finetuned = callback, finetuned
         self.projected: dict[str, Tensor] = {}  # by the names in the fine-tuned file
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.callback.setup(trainer, pl_module, stage)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loaded = self._load(pl_module)
-        self._begin(trainer, pl_module)
-        self.constrain_now(trainer, pl_module)
-        self._conclude(trainer)
-        projected = {id(parameter): full(parameter.detach()).cpu() for parameter in self._parameters.values()}
+        callback = self.callback
+        callback._begin(trainer, pl_module)
+        callback._constraint.finish()
+        callback._conclude(trainer)
+        parameters = callback._constraint.anchors.parameters.values()
+        projected = {id(parameter): full(parameter.detach()).cpu() for parameter in parameters}
         self.projected = {name: projected[id(tensor)] for name, tensor in loaded.items() if id(tensor) in projected}
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.callback.on_exception(trainer, pl_module, exception)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.callback.teardown(trainer, pl_module, stage)
 
     def _load(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         """Load the fine-tuned weights and buffers, and say which tensor of the module is found under which name.

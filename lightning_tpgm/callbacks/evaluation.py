@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_tpgm.framework import MisconfigurationException, is_param_in_hook_signature, pl, same_package, to_device
-from lightning_tpgm.heldout import HeldOutBatch
-from lightning_tpgm.isolation import isolated_generators, without_subclass
-from lightning_tpgm.sharding import is_fsdp2
+from lightning_tpgm.callbacks.framework import (
+    MisconfigurationException,
+    is_param_in_hook_signature,
+    pl,
+    same_package,
+    to_device,
+)
+from lightning_tpgm.callbacks.heldout import HeldOutBatch
+from lightning_tpgm.callbacks.isolation import isolated_generators, without_subclass
+from lightning_tpgm.gradients import LossGradient
 
 Loss = Literal["validation_step"] | Callable[[pl.LightningModule, Any], Any] | None  # Any: need not be annotated
 
@@ -28,7 +34,7 @@ class HeldOutLoss:
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
-        self._by_backward = False
+        self._gradient = LossGradient(attempt=isolated_generators)  # a second attempt draws the same random numbers
         self._worked = False
 
     def __call__(
@@ -47,38 +53,12 @@ class HeldOutLoss:
         Raises:
             MisconfigurationException: If what came back is no scalar loss, or has no gradient.
         """
-        if not self._by_backward and not any(is_fsdp2(module) for module in pl_module.modules()):
-            try:
-                with isolated_generators():  # a second attempt draws the same random numbers
-                    return self._evaluate(trainer, pl_module, drawn, parameters, by_backward=False)
-            except _ReentrantCheckpointingError:
-                self._by_backward = True
-        return self._evaluate(trainer, pl_module, drawn, parameters, by_backward=True)
-
-    def _evaluate(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        drawn: HeldOutBatch,
-        parameters: Sequence[Tensor],
-        by_backward: bool,
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        aside = _grads_put_aside(pl_module) if by_backward else nullcontext()
-        with torch.inference_mode(False), torch.enable_grad(), _fresh_casts(), _trainable(parameters), aside:
-            loss = self._value(trainer, pl_module, drawn)
-            if loss is None:
-                return None, [None for _ in parameters]
-            scale = _loss_scale(trainer, loss)
-            scaled = loss if scale is None else loss * scale
-            grads: Sequence[Tensor | None]
-            if by_backward:
-                torch.autograd.backward(scaled)
-                grads = [parameter.grad for parameter in parameters]
-            else:
-                grads = _autograd_grad(scaled, parameters)
-            if scale is not None:
-                grads = [None if grad is None else grad.detach() / scale for grad in grads]
-        return loss.detach(), list(grads)
+        return self._gradient(
+            pl_module,
+            lambda: self._value(trainer, pl_module, drawn),
+            parameters,
+            lambda loss: _loss_scale(trainer, loss),
+        )
 
     def _value(self, trainer: pl.Trainer, pl_module: pl.LightningModule, drawn: HeldOutBatch) -> Tensor | None:
         with _validating(trainer):
@@ -121,19 +101,6 @@ class HeldOutLoss:
         return output
 
 
-class _ReentrantCheckpointingError(RuntimeError):
-    """Reentrant activation checkpointing refuses autograd.grad."""
-
-
-def _autograd_grad(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    try:
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
-    except RuntimeError as error:
-        if "heckpoint" in str(error) and ".grad()" in str(error):
-            raise _ReentrantCheckpointingError from error
-        raise
-
-
 @contextmanager
 def _validating(trainer: pl.Trainer) -> Iterator[None]:
     """Data hooks see a validation batch: held-out data get no training augmentation."""
@@ -149,50 +116,6 @@ def _loss_scale(trainer: pl.Trainer, loss: Tensor) -> Tensor | None:
     """What the trainer's gradient scaler multiplies a loss with, without waiting for the device; None without one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return None if scaler is None else scaler.scale(torch.ones_like(loss, requires_grad=False))
-
-
-@contextmanager
-def _fresh_casts() -> Iterator[None]:
-    """Autocast neither uses nor keeps casts of weights.
-
-    In manual optimization the optimizer steps within the autocast region of the training step, whose casts are those of
-    the weights before the step.
-    """
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
-
-
-@contextmanager
-def _trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """All parameters require a gradient, also those that a toggled optimizer has switched off."""
-    switched_off = [parameter for parameter in parameters if not parameter.requires_grad]
-    try:
-        for parameter in switched_off:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in switched_off:
-            parameter.requires_grad_(False)
-
-
-@contextmanager
-def _grads_put_aside(module: nn.Module) -> Iterator[None]:
-    """Every ``.grad`` of the module is None inside and put back on exit.
-
-    To be entered before the forward: after it, FSDP2 may show gathered parameters in place of the sharded ones.
-    """
-    kept = [(parameter, parameter.grad) for parameter in module.parameters()]
-    try:
-        for parameter, _ in kept:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, grad in kept:
-            parameter.grad = grad
 
 
 def _run_step(step: Callable[..., Any], drawn: HeldOutBatch) -> Any:

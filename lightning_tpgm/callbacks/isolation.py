@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torchmetrics import Metric
 
-from lightning_tpgm.framework import DummyLogger, classes, is_overridden, isolate_rng, pl, results_put_aside
+from lightning_tpgm.callbacks.framework import DummyLogger, classes, is_overridden, isolate_rng, pl, results_put_aside
 
 
 @contextmanager

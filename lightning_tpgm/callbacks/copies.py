@@ -1,0 +1,38 @@
+"""Copies of callbacks, in a file, another process or this one: arguments and state, as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_tpgm.constraint import Constraint
+
+# attributes of a running fit; the last two are Lightning's
+_RUNTIME = {"_logs", "_constraint", "_loaded", "_given", "_fitted", "_announced", "_saw_batch", "log", "log_dict"}
+
+
+class PlainCopies:
+    """What is pickled or copied knows nothing of a module, a trainer or a running fit, at any time."""
+
+    _constraint: Constraint
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint would hold."""
+        raise NotImplementedError
+
+    def _start_anew(self) -> None:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The arguments, what a checkpoint would hold, and what was seen last."""
+        arguments = {name: value for name, value in vars(self).items() if name not in _RUNTIME}
+        return {**arguments, "_state": self.state_dict(), "_last": dict(self._constraint.reporter.last)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A callback that knows the same, and is in no fit."""
+        known, last = state["_state"], state["_last"]
+        vars(self).update({name: value for name, value in state.items() if name not in ("_state", "_last")})
+        self._start_anew()
+        if known:
+            self._constraint.anchors.load_state_dict(known)
+            self._constraint.load(known)
+            self._constraint.reporter.last = last

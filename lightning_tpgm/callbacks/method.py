@@ -1,0 +1,294 @@
+"""Lightning's life cycle for any method: the one class that has Lightning's hooks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_tpgm.anchors import AnchorDevice
+from lightning_tpgm.callbacks.copies import PlainCopies
+from lightning_tpgm.callbacks.framework import (
+    Callback,
+    join_later_imports,
+    logs_are_due,
+    pl,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_tpgm.callbacks.logs import Log, Logs
+from lightning_tpgm.callbacks.shared import check_shared, configuration_errors, write_out_shared
+from lightning_tpgm.callbacks.surroundings import (
+    check_radii_are_alone,
+    check_something_to_do,
+    check_step_was_seen,
+    check_strategy,
+    check_unscaled_gradients,
+    no_state,
+    warn_of_averages,
+    warn_of_no_steps,
+    warn_of_random_anchors,
+)
+from lightning_tpgm.constraint import Constraint
+from lightning_tpgm.methods.method import Method, Step
+from lightning_tpgm.observing.reporter import Over, Quantity
+from lightning_tpgm.observing.reporting import Row
+from lightning_tpgm.pretrained import Pretrained, read_pretrained
+from lightning_tpgm.selection import constrainable
+from lightning_tpgm.sharding import reshard
+from lightning_tpgm.steps import Steps
+
+
+class MethodCallback(PlainCopies, Callback):
+    """Lets a method act on a module while a `Trainer` fits it.
+
+    Names in the logs begin with the method's, ``tpgm/distance``. Of several callbacks of one method in a trainer the
+    second writes ``tpgm_2/distance`` and so on, in the order of the trainer's list. Nothing is read from the device but
+    when the trainer's ``log_every_n_steps`` says that logs are due.
+
+    Args:
+        exclude: fnmatch patterns over parameter names, for instance ``["head.*"]``; those are not constrained.
+        pretrained: Where the anchors come from: the path of a Lightning checkpoint or of a state dict (also
+            ``.safetensors``), a mapping, or a module. None: the weights at the start of the fit. Parameters that it
+            lacks, or has in another shape, are not constrained, and this is reported.
+        log: What goes to the trainer's loggers at its ``log_every_n_steps``. ``"summary"``: ``tpgm/distance`` (of all
+            tensors: the root of the sum of squares) and, for methods with radii, ``tpgm/mean_ratio`` and
+            ``tpgm/min_ratio`` (what the projection left of the deviation of a tensor's farthest row; 1: inside the
+            ball) and ``tpgm/binding`` (the share of tensors whose constraint binds). ``"all"``: also
+            ``tpgm_radius/NAME`` and ``tpgm_distance/NAME`` of each tensor. ``"none"``: nothing.
+        summary: Whether the fit ends with a printed table of the tensors that moved most and least; needs rich.
+        anchor_device: ``"cpu"``: the anchors are kept in the host's memory, pinned, and come to the GPU block by block
+            when they are needed. None: on the parameters' device.
+    """
+
+    compile = False
+    _KEY = ""  # what logged names begin with
+    _SHOWN: tuple[str, ...] = ("exclude",)  # the arguments in `repr`
+    _IN_BAR: tuple[str, ...] = ()  # what the callback itself logs after every batch
+
+    def __init__(
+        self,
+        exclude: Sequence[str] = (),
+        pretrained: Pretrained | None = None,
+        log: Log = "summary",
+        summary: bool = False,
+        anchor_device: AnchorDevice = None,
+    ) -> None:
+        join_later_imports()
+        check_shared(exclude, pretrained, log, summary, anchor_device)
+        self.exclude = tuple(exclude)
+        self.pretrained = pretrained
+        self._logged = log  # `log` is taken: Lightning gives its callbacks the module's method of that name
+        self.summary = summary
+        self.anchor_device = anchor_device
+        self._start_anew()
+
+    @override
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__init__" in vars(cls):
+            write_out_shared(cls, vars(cls)["__init__"], MethodCallback)
+
+    def make_method(self) -> Method:
+        """A new method with this callback's arguments."""
+        raise NotImplementedError
+
+    @override
+    def _start_anew(self) -> None:
+        """Back to the state of a new callback."""
+        self._logs = Logs(self._KEY, self._logged, self._IN_BAR)
+        with configuration_errors():
+            arguments = self.make_method(), self.anchor_device, self.compile, type(self).__name__
+        self._constraint = Constraint(*arguments, rank_zero_warn, rank_zero_info)
+        self._constraint.steps = Steps(self._before_step, None, self._after_step)
+        self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the fit starts
+        self._given: dict[str, Tensor] | None = None  # all that `pretrained` holds, until the fit starts
+        self._fitted: Callable[[], pl.LightningModule | None] = lambda: None  # a weak reference: the last fit's module
+        self._announced: Optimizer | None = None  # whose gradients Lightning said were there
+        self._saw_batch = False  # in this epoch
+
+    @override
+    def __repr__(self) -> str:
+        """One line with the arguments that shape the method."""
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self._SHOWN)})"
+
+    # ---- what users ask for
+
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """The pretrained value of each constrained parameter, by name; empty before the first fit."""
+        return self._constraint.anchor
+
+    def report(self) -> list[Row]:  # noqa: D102
+        return self._constraint.report()
+
+    def plot(self, over: Over = "layers", quantity: Quantity = "distance", ax: Any = None) -> tuple[Any, Any]:  # noqa: D102
+        return self._constraint.plot(over, quantity, ax)
+
+    report.__doc__, plot.__doc__ = Constraint.report.__doc__, Constraint.plot.__doc__
+
+    # ---- Lightning's hooks
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuses unsupported strategies and reads ``pretrained``, so that mistakes show before any work is done."""
+        if stage != "fit":
+            return
+        if trainer.fit_loop.total_batch_idx < 0:  # a fresh trainer: a checkpoint that it resumes from is loaded later
+            self._start_anew()
+        check_strategy(trainer, type(self).__name__)
+        if self.pretrained is not None:
+            with configuration_errors():
+                self._given = read_pretrained(self.pretrained)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Captures or restores the anchors: the first moment at which all strategies have loaded all weights."""
+        self._begin(trainer, pl_module)
+        check_unscaled_gradients(trainer, self)
+        check_radii_are_alone(trainer, self)
+        warn_of_averages(trainer, self)
+        self._saw_batch = False
+        self._constraint.record_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        self._constraint.steps.follow(trainer.optimizers)
+
+    def _join(self) -> None:
+        """Take in what has thawed, unless another callback has a radius for it."""
+        module = self._fitted()
+        if self._constraint.join() and module is not None:
+            check_radii_are_alone(module.trainer, self)
+
+    def _before_step(self, step: Step) -> None:
+        self._join()
+        self._constraint.before(step)
+
+    def _after_step(self, step: Step) -> None:
+        if self._constraint.method.changes_gradients:
+            check_step_was_seen(step.optimizer, self._announced, type(self).__name__)
+            self._announced = None
+        self._constraint.after(step)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Follows optimizers that were replaced, and takes in parameters that were unfrozen, since the last batch."""
+        self._saw_batch = True
+        self._constraint.steps.follow(trainer.optimizers)
+        self._join()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Changes the gradients, if the method does: they are unscaled and not clipped yet."""
+        self._announced = optimizer
+        with configuration_errors():
+            self._constraint.change_gradients(Step(optimizer, trainer.optimizers.index(optimizer)))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs, at the trainer's cadence."""
+        if not logs_are_due(trainer):
+            return
+        quantities = self._constraint.quantities()
+        self._logs.due(trainer, pl_module, self._constraint.reporter, self.anchor, quantities)
+        for trouble in self._constraint.troubles(quantities):
+            rank_zero_warn(trouble)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warns if no optimizer has stepped: then nothing is constrained."""
+        missed, self._saw_batch = self._saw_batch and not self._constraint.steps.any_seen, False
+        self._constraint.steps.any_seen = False
+        if missed:
+            warn_of_no_steps(type(self).__name__)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops following the optimizers; methods that act at the end do so."""
+        self._constraint.steps.stop()
+        self._constraint.finish()
+        self._conclude(trainer)
+
+    def _conclude(self, trainer: pl.Trainer) -> None:
+        """Keep the values at the end of the fit, and log them."""
+        quantities = self._constraint.quantities()
+        self._constraint.reporter.conclude(quantities)
+        self._logs.end(trainer, self._constraint.reporter, self.anchor, quantities, self._scalars())
+
+    def _scalars(self) -> dict[str, Tensor]:
+        """What else is logged at the end, by name."""
+        return {}
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the summary, if that was asked for."""
+        if self.summary and trainer.is_global_zero:
+            self._constraint.reporter.print_table(repr(self), self.anchor)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lets go of the module; what was learned stays for a checkpoint that is written now."""
+        with suppress(RuntimeError):  # of a device that is broken: the user's own exception is the one to see
+            self._constraint.remove()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lets go of the module and of device memory; what a later `save_checkpoint` needs stays, on the CPU."""
+        if stage == "fit":
+            self._constraint.remove()
+            self._given = None
+
+    # ---- checkpoints
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Two instances with different `exclude` have different keys."""
+        return self._generate_state_key(exclude=sorted(self.exclude))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Anchors, the names that may join, and what was learned, on the CPU; empty before the fit has started."""
+        if self._loaded is not None:  # asked for between loading and the start of the fit, by a tuner
+            return self._loaded
+        return {} if self._constraint.anchors.origin == "none" else self._constraint.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state until the fit starts: strategies differ in whether the module is ready now."""
+        if self._constraint.steps.optimizers and state_dict:  # in mid-fit: a tuner puts back what was before it
+            self._constraint.load(state_dict)
+        else:
+            self._loaded = state_dict or None
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the constrained parameters of this fit, their anchors, and what was learned before."""
+        reshard(pl_module)
+        state, given, same = self._loaded, self._given, self._fitted() is pl_module
+        known = self._constraint.anchors.origin != "none"
+        fresh = trainer.fit_loop.total_batch_idx < 0
+        with configuration_errors():
+            candidates = constrainable(pl_module, self.exclude, buffers=self._constraint.method.constrains_buffers)
+            if state is not None:
+                self._constraint.restore(pl_module, candidates, state)
+            elif known and same and not fresh and trainer.ckpt_path is None:
+                self._constraint.go_on(pl_module, candidates, given)
+            else:
+                if not fresh and trainer.ckpt_path is not None and given is None:
+                    raise ValueError(no_state(trainer.ckpt_path, type(self).__name__, self.state_key))
+                if given is None:
+                    warn_of_random_anchors(pl_module, type(self).__name__)
+                self._start_anew()
+                self._constraint.begin(pl_module, candidates, given)
+        self._loaded = self._given = None
+        self._fitted = weakref.ref(pl_module)
+        check_something_to_do(trainer, pl_module, self)

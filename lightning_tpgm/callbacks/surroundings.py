@@ -1,0 +1,134 @@
+"""What a callback finds around itself in a trainer, and what it refuses or warns of there."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+from torch.optim import Optimizer
+
+from lightning_tpgm.callbacks.framework import (
+    MisconfigurationException,
+    callbacks_of,
+    classes,
+    pl,
+    rank_zero_warn,
+    starts_functions,
+)
+from lightning_tpgm.constraint import needs_unscaled_gradients
+from lightning_tpgm.initialisation import never_trained
+
+if TYPE_CHECKING:
+    from lightning_tpgm.callbacks.method import MethodCallback
+
+_AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}  # by name: older releases of Lightning lack the second
+
+
+def check_strategy(trainer: pl.Trainer, title: str) -> None:
+    """Refuse strategies that hide parameters; say what those that start functions keep to themselves."""
+    if isinstance(trainer.strategy, classes("strategies:FSDPStrategy") + classes("strategies:DeepSpeedStrategy")):
+        raise MisconfigurationException(
+            f"{title} does not support {type(trainer.strategy).__name__}, which hides the parameters"
+            " in flat buffers. Use DDPStrategy, or ModelParallelStrategy (FSDP2, tensor parallel)."
+        )
+    if starts_functions(trainer):
+        rank_zero_warn(
+            f"Of this fit, what {title} learns stays in the processes that ddp_spawn (or"
+            " ddp_notebook) starts, and in the checkpoints that they write. The weights come back; the callback's"
+            " attributes and a later trainer.save_checkpoint know nothing of the fit. With strategy='ddp' they do."
+        )
+
+
+def check_unscaled_gradients(trainer: pl.Trainer, callback: MethodCallback) -> None:
+    """Refuse optimizers that undo a gradient scaler's scaling inside their step: ``.grad`` is scaled before it."""
+    if not callback._constraint.method.reads_gradients or getattr(trainer.precision_plugin, "scaler", None) is None:
+        return
+    for optimizer in trainer.optimizers:
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise MisconfigurationException(needs_unscaled_gradients(type(callback).__name__, optimizer))
+
+
+def check_step_was_seen(optimizer: Optimizer, announced: Optimizer | None, title: str) -> None:
+    """Refuse a step that Lightning did not see: its gradients were not changed."""
+    if announced is not optimizer:
+        raise MisconfigurationException(
+            f"{title} changes gradients in Lightning's on_before_optimizer_step, and {optimizer!r}"
+            " stepped without it. Step the optimizer that self.optimizers() returns, with use_pl_optimizer=True."
+        )
+
+
+def check_radii_are_alone(trainer: pl.Trainer, callback: MethodCallback) -> None:
+    """Refuse a second radius for the same parameters, also for those that are announced to thaw."""
+    for other in takewhile(lambda other: other is not callback, callbacks_of(trainer)):
+        both = _ball_of(other, trainer) & _ball_of(callback, trainer)
+        if both:
+            raise MisconfigurationException(
+                f"{other!r} and {callback!r} both learn a radius for {len(both)} parameters, {min(both)!r} among"
+                " them: each would take the other's projection for the optimizer's step. Exclude them in one."
+            )
+
+
+def _ball_of(callback: object, trainer: pl.Trainer) -> set[str]:
+    """The parameters that a callback keeps inside balls after steps, now or later."""
+    constraint = getattr(callback, "_constraint", None)
+    if constraint is None or not constraint.at_hand:
+        return set()
+    return {*constraint.anchors.parameters, *(constraint.anchors.waiting if unfreezes(trainer) else ())}
+
+
+def unfreezes(trainer: pl.Trainer) -> bool:
+    """Whether a finetuning callback may unfreeze parameters later."""
+    unfreezing = classes("callbacks:BaseFinetuning")
+    return any(isinstance(callback, unfreezing) for callback in callbacks_of(trainer))
+
+
+def warn_of_averages(trainer: pl.Trainer, callback: MethodCallback) -> None:
+    """Warn of callbacks that will overwrite what this one does at the end of the fit."""
+    if not callback._constraint.method.acts_at_end:
+        return
+    callbacks = callbacks_of(trainer)
+    for other in callbacks[callbacks.index(callback) + 1 :]:
+        if _AVERAGING & {base.__name__ for base in type(other).__mro__}:
+            name, other_name = type(callback).__name__, type(other).__name__
+            rank_zero_warn(
+                f"At the end of the fit {other_name} writes its average into the module after {name} has acted,"
+                f" of which nothing will remain. List {other_name} before {name}."
+            )
+
+
+def warn_of_random_anchors(pl_module: pl.LightningModule, title: str) -> None:
+    """Warn if the module holds its random initialisation."""
+    evidence = never_trained(pl_module)
+    if evidence:
+        rank_zero_warn(
+            f"{title}: the anchors look like a random initialisation: {evidence}. Fine-tuning is kept"
+            " near them, so load the pretrained weights before the fit, or pass them as `pretrained`."
+        )
+
+
+def no_state(ckpt_path: object, title: str, state_key: str) -> str:
+    """Why a run cannot be resumed."""
+    return (
+        f"The checkpoint {str(ckpt_path)!r} has no state of this {title} (key {state_key!r}), so the pretrained"
+        " weights are not known any more. Pass them as `pretrained`, for instance the checkpoint that the first run"
+        " started from."
+    )
+
+
+def check_something_to_do(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: MethodCallback) -> None:
+    """Refuse a fit in which nothing is constrained, now or later."""
+    anchors = callback._constraint.anchors
+    if not anchors.joined and not (anchors.waiting and unfreezes(trainer)):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} has nothing to constrain: of {len(list(pl_module.parameters()))} parameters"
+            f" {len(anchors.waiting)} remain after `exclude` = {list(callback.exclude)}, and none of them is trainable."
+            " Exclude less, or unfreeze some (a `BaseFinetuning` callback may do so later)."
+        )
+
+
+def warn_of_no_steps(title: str) -> None:
+    """Warn of an epoch in which no optimizer was seen to step."""
+    rank_zero_warn(
+        f"{title} saw no step of the module's optimizers in this epoch: nothing was constrained."
+        " It acts after each `step` of the optimizers that configure_optimizers returns: train with those."
+    )

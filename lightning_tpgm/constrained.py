@@ -1,0 +1,225 @@
+"""The tensors under constraint with their anchors, and the work on all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_tpgm.blocks import PLAIN, Blocks
+from lightning_tpgm.layout import Layout, Matrices
+from lightning_tpgm.norms import Norm
+from lightning_tpgm.projection import safe_ratio
+from lightning_tpgm.sharding import Sharding, is_fsdp2, local, local_gradient
+
+
+class Constrained:
+    """T tensors under constraint.
+
+    Its vectors have one entry per tensor, shape (T,), or one per row of all tensors, shape (rows,); a `Layout` says in
+    which order. Matrices come from `weights`, `copy` or `arrange`. All work is under ``torch.no_grad``.
+
+    Args:
+        parameters: By name; in-place changes of them reach the module.
+        anchors: Of these, by the same names, in the same order.
+        norm: ``"mars"`` or ``"l2"``: what a distance is.
+        gathering: The modules that FSDP2 may have left with gathered weights, which would hide a change.
+        blocks: Says for a type of device what the work on a block of rows is done by.
+        at: Where these tensors are among all that are constrained, shape (T,); None: these are all.
+
+    Attributes:
+        names: Of the tensors.
+        parameters: Of the tensors.
+        at: See above.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        anchors: Mapping[str, Tensor],
+        norm: Norm,
+        gathering: Sequence[nn.Module] = (),
+        blocks: Callable[[str], Blocks] = lambda device: PLAIN,
+        at: Tensor | None = None,
+    ) -> None:
+        self.names = list(parameters)
+        self.parameters = list(parameters.values())
+        self.norm = norm
+        self.at = at
+        self._anchors = [anchors[name] for name in parameters]
+        self._gathering = gathering
+        self._blocks = blocks
+        self._subsets: dict[tuple[int, ...], Constrained] = {}
+
+    # ---- which tensors
+
+    def stepped_by(self, optimizer: Optimizer) -> Constrained:
+        """Those that this optimizer steps, but for what is frozen now."""
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return self.subset([i for i, p in enumerate(self.parameters) if p.requires_grad and id(p) in owned])
+
+    def not_frozen(self) -> Constrained:
+        """Those that are not frozen now; buffers never are."""
+        return self.subset(
+            [i for i, p in enumerate(self.parameters) if p.requires_grad or not isinstance(p, nn.Parameter)]
+        )
+
+    def subset(self, indices: Sequence[int]) -> Constrained:
+        """Some of the tensors."""
+        if len(indices) == len(self.names):
+            return self
+        key = tuple(indices)
+        if key not in self._subsets:
+            if len(self._subsets) >= 8:  # who freezes other layers at every step would fill the memory
+                self._subsets.clear()
+            some = {self.names[i]: self.parameters[i] for i in indices}
+            anchors = {self.names[i]: self._anchors[i] for i in indices}
+            at = self.vector(indices, torch.long)
+            self._subsets[key] = Constrained(some, anchors, self.norm, self._gathering, self._blocks, at)
+        return self._subsets[key]
+
+    # ---- how they are arranged
+
+    def prepare(self, for_balls: bool) -> None:
+        """Do now what else the first step would do; ``for_balls``: it will call `project`."""
+        _ = self.anchors, self._row_sizes if for_balls else None
+
+    @cached_property
+    def _layout(self) -> Layout:
+        weights = self._local()
+        blocks = self._blocks(weights[0].device.type) if weights else PLAIN
+        return Layout(weights, self.norm, blocks)
+
+    @cached_property
+    def _sharding(self) -> Sharding:
+        return Sharding(self.parameters, self._layout, self.norm)
+
+    @cached_property
+    def anchors(self) -> Matrices:
+        """W0: this process's parts."""
+        return self._layout.arrange([local(anchor) for anchor in self._anchors])
+
+    @cached_property
+    def spare(self) -> Matrices:
+        """Memory for weights that are to be kept while the parameters hold others."""
+        return [torch.empty_like(matrix) for matrix in self.weights()]
+
+    @cached_property
+    def _row_sizes(self) -> Tensor:
+        return self._sharding.distances(self._layout.norms(self.anchors))
+
+    def _local(self) -> list[Tensor]:
+        return [local(parameter) for parameter in self.parameters]
+
+    def weights(self) -> Matrices:
+        """W: the present weights; views of large tensors, copies of small ones."""
+        return self._layout.arrange(self._local())
+
+    def copy(self) -> Matrices:
+        """The present weights, in memory of their own."""
+        return self._layout.copy(self._local())
+
+    def arrange(self, parts: Sequence[Tensor | None]) -> Matrices:
+        """A list of this process's parts, one per tensor, as matrices; zeros for None."""
+        return self._layout.arrange(parts)
+
+    def gradients(self) -> list[Tensor | None]:
+        """G: this process's parts of the parameters' ``.grad``; None for a tensor without."""
+        return [self.part(parameter.grad, i) for i, parameter in enumerate(self.parameters)]
+
+    def part(self, grad: Tensor | None, index: int) -> Tensor | None:
+        """This process's part of a gradient of a tensor."""
+        return None if grad is None else local_gradient(grad, self.parameters[index])
+
+    def learning_rates(self, optimizer: Optimizer) -> Tensor:
+        """The rate that the optimizer steps each tensor with, shape (T,)."""
+        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        return self.vector([rates[id(p)] for p in self.parameters], self._layout.dtype)
+
+    def vector(self, values: Sequence[float], dtype: torch.dtype = torch.bool) -> Tensor:
+        """Python's values as a tensor where the tensors are, without waiting for the device."""
+        return self._layout.on_device(values, dtype)
+
+    def scalar(self, value: float = 0.0) -> Tensor:
+        """A scalar of the device and dtype of distances and all that is learned."""
+        return torch.full_like(self._layout.scalar(), value)
+
+    # ---- measuring; collective where tensors are split over processes
+
+    def rows(self, weights: Matrices, copies: Matrices | None = None) -> Tensor:
+        """n, the distance of every row, shape (rows,); the weights are copied on the way, if that is asked for."""
+        if copies is None:
+            parts = self._layout.distances(weights, self.anchors)
+        else:
+            parts = self._layout.copied_distances(weights, self.anchors, copies)
+        return self._sharding.distances(parts)
+
+    def largest(self, rows: Tensor) -> Tensor:
+        """The largest value among each tensor's rows, shape (T,)."""
+        return self._sharding.largest(self._layout.largest(rows))
+
+    def smallest(self, rows: Tensor) -> Tensor:
+        """The smallest value among each tensor's rows, shape (T,)."""
+        return self._sharding.smallest(self._layout.smallest(rows))
+
+    def distance(self, weights: Matrices) -> Tensor:
+        """The distance of each tensor, that of its farthest row, shape (T,)."""
+        return self.largest(self.rows(weights))
+
+    def size(self) -> Tensor:
+        """The norm of each anchor, that of its largest row, shape (T,)."""
+        return self.largest(self._row_sizes)
+
+    def norm_of(self, matrices: Matrices) -> Tensor:
+        """The norm of each tensor itself, shape (T,)."""
+        return self.largest(self._sharding.distances(self._layout.norms(matrices)))
+
+    def dots(self, gradients: Matrices, weights: Matrices) -> Tensor:
+        """<G_row, D_row> of this process's part of every row, shape (rows,)."""
+        return self._layout.dots(gradients, weights, self.anchors)
+
+    def total(self, rows: Tensor) -> Tensor:
+        """The sum over all rows of each whole tensor, shape (T,)."""
+        return self._sharding.total(self._layout.total(rows))
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """One value of each tensor, shape (T,), for all its rows, shape (rows,)."""
+        return self._layout.of_rows(values)
+
+    # ---- changing
+
+    def project(self, weights: Matrices, rows: Tensor, radii: Tensor, moved: Sequence[bool] | None = None) -> None:
+        """Write the projections of these weights onto balls of these radii into the parameters.
+
+        Args:
+            weights: W.
+            rows: Their distances, from `rows`.
+            radii: gamma, shape (T,).
+            moved: The parameters that are written; None: all. Others are inside their balls already, and a write would
+                invalidate graphs through them that are still in use.
+        """
+        self._shrink(weights, safe_ratio(self.of_rows(radii), rows, self._row_sizes, self._layout.roundoff), moved)
+
+    def shrink(self, weights: Matrices, ratios: Tensor, moved: Sequence[bool] | None = None) -> None:
+        """Write W0 + r (W - W0) into the parameters, one ratio per tensor, shape (T,); see `project`."""
+        self._shrink(weights, self.of_rows(ratios), moved)
+
+    def _shrink(self, weights: Matrices, ratios: Tensor, moved: Sequence[bool] | None) -> None:
+        for module in self._gathering:
+            module.reshard()  # type: ignore[operator]  # an FSDPModule has it
+        targets: list[Tensor | None] = [*self._local()]
+        if moved is not None:
+            targets = [target if written else None for target, written in zip(targets, moved, strict=True)]
+        self._layout.project(targets, weights, self.anchors, ratios)
+
+    def add_deviations(self, gradients: Sequence[Tensor | None], weights: Matrices, factors: Tensor) -> None:
+        """G := G + factor D, in place, one factor per tensor, shape (T,); None is left alone."""
+        self._layout.add_deviations(gradients, weights, self.anchors, self.of_rows(factors))
+
+
+def gathering(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that FSDP2's ``fully_shard`` was applied to."""
+    return [module for module in model.modules() if is_fsdp2(module)]

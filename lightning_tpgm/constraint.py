@@ -1,0 +1,287 @@
+"""A method at work on a model: its tensors, their anchors, and what users see of it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_tpgm.anchors import AnchorDevice, Anchors
+from lightning_tpgm.blocks import Blocks, blocks_for
+from lightning_tpgm.constrained import Constrained, gathering
+from lightning_tpgm.methods.method import Method, Step
+from lightning_tpgm.observing.reporter import Over, Quantities, Quantity, Reporter
+from lightning_tpgm.observing.reporting import Row
+from lightning_tpgm.steps import Steps
+
+Say = Callable[[str], None]
+_logger = logging.getLogger(__name__)
+
+
+class Constraint:
+    """What `lightning_tpgm.constrain` returns: the constrained tensors of a model, their anchors, and a method.
+
+    Args:
+        method: What acts on the tensors.
+        anchor_device: See `constrain`.
+        compile: See `constrain`.
+        title: What the method is called in messages; None: its class.
+        warn: Is told what users should know.
+        tell: Is told what they may want to know.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        anchor_device: AnchorDevice = None,
+        compile: bool = False,
+        title: str | None = None,
+        warn: Say = warnings.warn,
+        tell: Say = _logger.info,
+    ) -> None:
+        self.method = method
+        self.title = title or type(method).__name__
+        self.anchors = Anchors(anchor_device)
+        self.reporter = Reporter(self.title)
+        self.tensors: Constrained | None = None  # those that are constrained now; None: no model is attached
+        self.steps = Steps(self.before, self.change_gradients, self.after)
+        self.record_every = 1  # steps, where quantities have to be measured
+        self._compile, self._warn, self._tell = compile, warn, tell
+        self._gathering: list[nn.Module] = []
+        self._candidates: Mapping[str, Tensor] = {}
+
+    # ---- attaching it to a model
+
+    def begin(
+        self,
+        model: nn.Module,
+        candidates: Mapping[str, Tensor],
+        pretrained: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Take the anchors from the model's weights, or from given ones."""
+        if pretrained is None:
+            self.anchors.begin(candidates)
+        else:
+            self.anchors.begin_from(pretrained, candidates, self._report)
+        self._attach(model, candidates)
+
+    def restore(self, model: nn.Module, candidates: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was asked for."""
+        self.anchors.restore(state, candidates)
+        self._attach(model, candidates, state)
+
+    def go_on(
+        self,
+        model: nn.Module,
+        candidates: Mapping[str, Tensor],
+        pretrained: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Go on with the same model after `release`."""
+        self.anchors.go_on(candidates, pretrained, self._report)
+        self._attach(model, candidates)
+
+    def _attach(
+        self, model: nn.Module, candidates: Mapping[str, Tensor], state: Mapping[str, Any] | None = None
+    ) -> None:
+        self._gathering, self._candidates = gathering(model), candidates
+        self._arrange()
+        if state is not None:
+            self.load(state)
+        self.join()
+        self.anchors.own()
+
+    def _report(self, text: str) -> None:
+        self._tell(f"{self.title}: {text}")
+
+    def join(self) -> bool:
+        """Constrain the parameters that have thawed; says whether there are any."""
+        names = self.anchors.join()
+        if names:
+            tensors = self._arrange()
+            self.method.joined(tensors, names)
+        return bool(names)
+
+    @torch.no_grad()
+    def _arrange(self) -> Constrained:
+        parameters, anchors = self.anchors.parameters, self.anchors.joined
+        self.tensors = Constrained(parameters, anchors, self.method.norm, self._gathering, self._blocks)
+        self.tensors.prepare(self.method.has_radii)
+        self.method.place(self.tensors)
+        return self.tensors
+
+    def _blocks(self, device: str) -> Blocks:
+        blocks, problem = blocks_for(device, self._compile)
+        if problem:
+            self._compile = False
+            self._warn(f"{self.title}: `compile` = True has no effect, torch.compile does not work here: {problem}")
+        return blocks
+
+    # ---- the steps of optimizers
+
+    @torch.no_grad()
+    def before(self, step: Step) -> None:
+        """An optimizer is about to step."""
+        self.join()
+        if self.method.reads_gradients and getattr(step.optimizer, "grad_scale", None) is not None:
+            raise ValueError(needs_unscaled_gradients(self.title, step.optimizer))
+        if type(self.method).before is not Method.before and (tensors := self._stepped_by(step)) is not None:
+            self.method.before(tensors, step)
+
+    @torch.no_grad()
+    def change_gradients(self, step: Step) -> None:
+        """Its gradients are there, and not used yet."""
+        if self.method.changes_gradients and (tensors := self._stepped_by(step)) is not None:
+            for name, parameter in zip(tensors.names, tensors.parameters, strict=True):
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    raise ValueError(
+                        f"{self.title} adds to gradients, and that of {name!r} is sparse. Build the layer with"
+                        f" sparse=False, or name it in `exclude`."
+                    )
+            self.method.change_gradients(tensors, step)
+
+    @torch.no_grad()
+    def after(self, step: Step) -> None:
+        """It has stepped."""
+        if not self.method.acts_at_end and (tensors := self._stepped_by(step)) is not None:
+            self.method.after(tensors, step)
+        if self.tensors is not None and self.tensors.names:
+            self.reporter.record(self.quantities, 1 if self.at_hand else self.record_every)
+
+    def _stepped_by(self, step: Step) -> Constrained | None:
+        tensors = None if self.tensors is None else self.tensors.stepped_by(step.optimizer)
+        return tensors if tensors is not None and tensors.names else None
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """No step follows: methods that act at the end do so now, on all that is not frozen."""
+        if self.tensors is not None:
+            self.method.finish(self.tensors.not_frozen())
+
+    def remove(self) -> None:
+        """Leave the model and its optimizers alone from now on. What was learned and seen can still be asked for."""
+        self.steps.stop()
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the model and of device memory; what `state_dict` needs stays, on the CPU."""
+        if self.tensors is not None:
+            self.reporter.conclude(self.quantities() if self.at_hand else {})
+        self.tensors, self._gathering, self._candidates = None, [], {}
+        self.method.release()
+        self.anchors.release()
+
+    # ---- what users ask for
+
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """The pretrained value of each constrained parameter, by name."""
+        return dict(self.anchors.joined)
+
+    @property
+    def radii(self) -> dict[str, float]:
+        """The radius of each constrained parameter, by name; nan until it is first used. Empty without radii."""
+        return self._by_name("radius")
+
+    @property
+    def distances(self) -> dict[str, float]:
+        """The distance of each constrained parameter, by name: for methods with radii, after the last projection."""
+        return self._by_name("distance")
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether the quantities need not be measured."""
+        return self.method.has_radii and not self.method.acts_at_end
+
+    def quantities(self) -> Quantities:
+        """What users see, by name, vectors of shape (T,); empty where nothing is constrained now.
+
+        Collective where parameters are split over processes, if they are not `at_hand`.
+        """
+        if self.tensors is None or not self.tensors.names:
+            return {}
+        with torch.no_grad():
+            return self.method.quantities(self.tensors)
+
+    def _by_name(self, quantity: str) -> dict[str, float]:
+        found = (self.quantities() or self.reporter.last).get(quantity)
+        return {} if found is None else dict(zip(self.anchors.joined, found.tolist(), strict=True))
+
+    def troubles(self, quantities: Quantities) -> Iterator[str]:
+        """What goes wrong silently, each once; waits for the device."""
+        if self.tensors is None:
+            return iter(())
+        return self.reporter.troubles(quantities, self.tensors.size, self.method.growth())
+
+    def report(self) -> list[Row]:
+        """What the method did so far, one dict per constrained tensor; empty before the first fit.
+
+        Keys: ``name``, ``shape`` and ``distance`` (from the pretrained value: the largest row distance in the norm
+        mars, else the Frobenius norm). Methods with radii have ``radius``, ``ratio`` (what the last projection left of
+        the deviation of the farthest row; 1: inside the ball) and ``binds``; DiGraP has ``omega``.
+        ``pandas.DataFrame(callback.report())`` makes a table of it.
+
+        With parameters split over processes (FSDP2, tensor parallel) every process must call it.
+        """
+        return self.reporter.report(self.anchors.joined, self.quantities())
+
+    def plot(self, over: Over = "layers", quantity: Quantity = "distance", ax: Any = None) -> tuple[Any, Any]:
+        """Draw what the method did, after or during a fit.
+
+        Args:
+            over: ``"layers"``: radius and distance of each tensor now, from the input's side of the network to the
+                output's. ``"steps"``: a heat map of one quantity, tensors by optimizer steps.
+            quantity: What the heat map shows.
+            ax: Matplotlib axes to draw into; None: a new figure.
+
+        Returns:
+            The matplotlib figure and axes.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+            ValueError: For an argument out of its range, before the first fit, or if the method has no such quantity.
+        """
+        return self.reporter.plot(self.anchors.joined, self.quantities(), over, quantity, ax)
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Anchors, what was learned and what was seen, on the CPU. Collective where parameters are split."""
+        return {
+            **self.anchors.state_dict(),
+            "method": self.method.state(),
+            "history": self.reporter.history.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave: the anchors are the original ones, whatever the model holds now.
+
+        Raises:
+            ValueError: If the anchors do not fit the model.
+        """
+        self.anchors.restore(state, self._candidates)
+        self._arrange()
+        self.load(state)
+        self.join()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """What was learned and seen alone."""
+        self.method.load(state["method"])
+        self.reporter.history = type(self.reporter.history)()
+        if "history" in state:  # older checkpoints have none
+            self.reporter.history.load_state_dict(state["history"])
+        if self.tensors is not None:
+            self.method.place(self.tensors)
+
+
+def needs_unscaled_gradients(title: str, optimizer: Optimizer) -> str:
+    """Why a fused optimizer under a gradient scaler is refused."""
+    return (
+        f"{title} needs unscaled gradients, but {type(optimizer).__name__} unscales them"
+        " inside its step (it is fused, and the precision is 16-mixed). Pass fused=False to the optimizer,"
+        " or precision='bf16-mixed' to the Trainer."
+    )

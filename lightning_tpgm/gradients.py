@@ -1,0 +1,167 @@
+"""The gradient of a loss for chosen parameters, however autograd allows it, without touching ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_tpgm.sharding import is_fsdp2, mean_over_processes
+
+
+class LossGradient:
+    """A loss and its gradient by ``autograd.grad``; by ``backward`` where FSDP2 or reentrant checkpointing ask for it.
+
+    Args:
+        attempt: Entered around a first attempt, which may be followed by a second one.
+    """
+
+    def __init__(self, attempt: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self._attempt = attempt
+        self._by_backward = False
+
+    def __call__(
+        self,
+        model: nn.Module,
+        loss: Callable[[], Tensor | None],
+        parameters: Sequence[Tensor],
+        scale: Callable[[Tensor], Tensor | None] = lambda loss: None,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Evaluate.
+
+        Args:
+            model: Its parameters' ``.grad`` are left alone.
+            loss: Gives a scalar tensor with a graph; or None, for no loss this time.
+            parameters: What the gradient is for.
+            scale: What the loss is multiplied by while its gradient is taken, as a gradient scaler does; None: nothing.
+
+        Returns:
+            The loss without graph, and dLoss/dW of each parameter, None where the loss does not depend on it.
+        """
+        if not self._by_backward and not any(is_fsdp2(module) for module in model.modules()):
+            try:
+                with self._attempt():
+                    return _evaluate(model, loss, parameters, scale, by_backward=False)
+            except _ReentrantCheckpointingError:
+                self._by_backward = True
+        return _evaluate(model, loss, parameters, scale, by_backward=True)
+
+
+class PlainHeldOut:
+    """Held-out gradients of a user's own loss, for a plain loop.
+
+    Args:
+        model: The model whose parameters are constrained.
+        loss: Returns a scalar loss on the next held-out batch, at the model's present weights.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
+        self._model, self._loss = model, loss
+        self._gradient = LossGradient()
+
+    @property
+    def processes(self) -> int:
+        """All that torch.distributed knows of."""
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    def __call__(self, parameters: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The loss and its gradient.
+
+        Raises:
+            ValueError: If what came back is no scalar tensor with a graph.
+        """
+        return self._gradient(self._model, self._value, parameters)
+
+    def _value(self) -> Tensor:
+        loss: Any = self._loss()
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
+            raise ValueError(
+                f"`held_out_loss` should return a scalar tensor with a graph to the weights, found {found}. Compute it"
+                " at the model's present weights, without torch.no_grad() and without detach()."
+            )
+        return loss.reshape(())
+
+    def mean(self, vector: Tensor) -> Tensor:
+        """The mean over all processes."""
+        return mean_over_processes(vector) if self.processes > 1 else vector
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: batches are the user's affair."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing, see `state_dict`."""
+
+
+def _evaluate(
+    model: nn.Module,
+    loss_of: Callable[[], Tensor | None],
+    parameters: Sequence[Tensor],
+    scale_of: Callable[[Tensor], Tensor | None],
+    by_backward: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    aside = _grads_put_aside(model) if by_backward else nullcontext()
+    with torch.inference_mode(False), torch.enable_grad(), _fresh_casts(), aside:
+        loss = loss_of()
+        if loss is None:
+            return None, [None for _ in parameters]
+        scale = scale_of(loss)
+        scaled = loss if scale is None else loss * scale
+        grads: Sequence[Tensor | None]
+        if by_backward:
+            torch.autograd.backward(scaled)
+            grads = [parameter.grad for parameter in parameters]
+        else:
+            grads = _autograd_grad(scaled, parameters)
+        if scale is not None:
+            grads = [None if grad is None else grad.detach() / scale for grad in grads]
+    return loss.detach(), list(grads)
+
+
+class _ReentrantCheckpointingError(RuntimeError):
+    """Reentrant activation checkpointing refuses autograd.grad."""
+
+
+def _autograd_grad(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError as error:
+        if "heckpoint" in str(error) and ".grad()" in str(error):
+            raise _ReentrantCheckpointingError from error
+        raise
+
+
+@contextmanager
+def _fresh_casts() -> Iterator[None]:
+    """Autocast neither uses nor keeps casts of weights.
+
+    In manual optimization the optimizer steps within the autocast region of the training step, whose casts are those of
+    the weights before the step.
+    """
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+@contextmanager
+def _grads_put_aside(model: nn.Module) -> Iterator[None]:
+    """Every ``.grad`` of the model is None inside and put back on exit.
+
+    To be entered before the forward: after it, FSDP2 may show gathered parameters in place of the sharded ones.
+    """
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in kept:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad

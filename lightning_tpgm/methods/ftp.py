@@ -1,0 +1,103 @@
+"""FTP: Fast Trainable Projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_tpgm.constrained import Constrained
+from lightning_tpgm.methods.last_step import LastStep
+from lightning_tpgm.methods.learned import Radii
+from lightning_tpgm.methods.method import Method, Step, check, is_number
+from lightning_tpgm.norms import NORMS, Norm
+from lightning_tpgm.projection import EPS, MIN_RADIUS
+
+
+class FTP(Method):
+    """Learns radii as TPGM does, from the next training gradient: no held-out data, no extra forward or backward.
+
+    After step t, with g the gradient that the step used, c the deviation before the projection and n its row norms +
+    1e-8::
+
+        t = 1:  gamma = 1e-8 (the first step snaps back to the anchor)
+        t > 1:  dgamma = sum over rows of <g_t, c_(t-1)> / n_(t-1);  if dgamma > 0: dgamma *= k
+                gamma  = clip(Adam(gamma, dgamma), 1e-8, max n_t)
+        W := W0 + clip(gamma / n_t, 0, 1) c_t
+
+    The derivative is that of the loss at the projected weights of step t - 1, which is where g_t is taken. A tensor
+    that a step leaves out (it has no gradient) is left out here too.
+
+    Args:
+        k: Factor in [0, 1] on gradients that would shrink a radius; 1: strongest constraint, 0: radii never shrink by
+            gradient.
+        radius_lr: Adam learning rate of the radii.
+        norm: ``"mars"`` or ``"l2"``, as in `TPGM`.
+
+    Raises:
+        ValueError: For an argument out of its range.
+
+    Source: Tian et al., "Fast Trainable Projection for Robust Fine-Tuning", NeurIPS 2023, arXiv 2310.19182.
+    """
+
+    has_radii = True
+    reads_gradients = True
+
+    def __init__(self, k: float = 1.0, radius_lr: float = 1e-2, norm: Norm = "mars") -> None:
+        check(is_number(k) and 0 <= k <= 1, "k", "a number in [0, 1]", k)
+        check(is_number(radius_lr) and radius_lr > 0, "radius_lr", "a positive number", radius_lr)
+        check(norm in NORMS, "norm", f"one of {', '.join(map(repr, NORMS))}", norm)
+        self.k, self.norm = k, norm
+        self.radii = Radii(radius_lr)
+        self.unprojected = LastStep()
+
+    @override
+    def joined(self, tensors: Constrained, names: Sequence[str]) -> None:
+        self.radii.add(names)
+
+    @override
+    def after(self, tensors: Constrained, step: Step) -> None:
+        """Updates the radii from the gradient that the step used, and projects the weights."""
+        grads, weights = tensors.gradients(), tensors.weights()
+        rows = tensors.rows(weights)
+        largest = tensors.largest(rows)
+        present = [grad is not None for grad in grads]
+        stepped, known = tensors.vector(present), self.unprojected.known(tensors)
+        slope = self._slope(tensors, grads)
+        with self.radii.of(tensors) as radii:
+            radii.start(torch.full_like(radii.value, MIN_RADIUS))
+            radii.adam(torch.where(slope > 0, self.k * slope, slope), where=stepped & known)
+            # Adam counts the optimizer's steps: the next is t = 2
+            radii.step = torch.where(stepped & ~known, 1, radii.step)
+            radii.clamp(largest + EPS, where=stepped)
+            self.unprojected.remember(tensors, present)
+            tensors.project(weights, rows, radii.bounds, moved=present)
+            radii.projected(largest, moved=stepped)
+
+    def _slope(self, tensors: Constrained, grads: Sequence[Tensor | None]) -> Tensor:
+        """dgamma of each tensor, shape (T,), 0 for those without gradient; meaningless without a previous step."""
+        previous = self.unprojected.of(tensors)
+        dots = tensors.dots(tensors.arrange(grads), previous)
+        return tensors.total(dots / (tensors.rows(previous) + EPS))
+
+    @override
+    def quantities(self, tensors: Constrained) -> dict[str, Tensor]:
+        """Radius, distance, ratio and whether it binds."""
+        return self.radii.quantities()
+
+    @override
+    def growth(self) -> float:
+        """Adam's step is at most about its learning rate."""
+        return self.radii.lr
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {**self.radii.method_state(), "previous": self.unprojected.state()}
+
+    @override
+    def load(self, state: dict[str, Any]) -> None:
+        self.radii.load_method_state(state)
+        self.unprojected.load(state["previous"])

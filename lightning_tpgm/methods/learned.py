@@ -1,0 +1,175 @@
+"""One learned scalar per constrained tensor, a radius for instance, held as one vector with the Adam that moves it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_tpgm.constrained import Constrained
+from lightning_tpgm.layout import Matrices
+from lightning_tpgm.projection import legal_radius, radius_slope, ratio
+
+
+class LearnedScalars:
+    """Values and Adam state, as vectors of one entry per constrained tensor.
+
+    The Adam update equals `torch.optim.Adam` (a test holds them together). It is written out because each scalar counts
+    its own updates (tensors may join during training), and because an update must be skippable by a condition that
+    lives on the device: reading it back would stall a GPU on every step.
+
+    Args:
+        lr: Learning rate.
+    """
+
+    BETAS = (0.9, 0.999)
+    EPS = 1e-8
+    _ADAM = ("value", "exp_avg", "exp_avg_sq", "step")
+    _MORE: tuple[str, ...] = ()  # vectors of a subclass, 0 for a tensor that joins
+
+    value: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
+    def __init__(self, lr: float) -> None:
+        self.lr = lr
+        self.names: list[str] = []
+        for name in self._vectors:
+            setattr(self, name, torch.empty(0))
+
+    @property
+    def _vectors(self) -> tuple[str, ...]:
+        return self._ADAM + self._MORE
+
+    def place(self, tensors: Constrained) -> None:
+        """Give the vectors the device of the tensors, and the dtype of their distances (float32 or float64)."""
+        for name in self._vectors:
+            setattr(self, name, getattr(self, name).to(tensors.scalar()))
+
+    def release(self) -> None:
+        """Bring the vectors to the CPU."""
+        for name in self._vectors:
+            setattr(self, name, getattr(self, name).cpu())
+
+    def add(self, names: Sequence[str]) -> None:
+        """Let tensors join; their scalars are not a number until `start` gives them one."""
+        self.names = [*self.names, *names]
+        zeros = self.value.new_zeros(len(names))
+        for name in self._vectors:
+            new = torch.full_like(zeros, torch.nan) if name == "value" else zeros
+            setattr(self, name, torch.cat([getattr(self, name), new]))
+
+    @contextmanager
+    def of(self, tensors: Constrained) -> Iterator[Self]:
+        """The scalars of these tensors alone; what is done to them inside is done to the whole on exit."""
+        if tensors.at is None:
+            yield self
+            return
+        part = copy(self)
+        for name in self._vectors:
+            setattr(part, name, getattr(self, name)[tensors.at])
+        try:
+            yield part
+        finally:
+            for name in self._vectors:
+                setattr(self, name, getattr(self, name).index_copy(0, tensors.at, getattr(part, name)))
+
+    def start(self, value: Tensor, where: Tensor | bool = True) -> None:
+        """Give every scalar that has no value yet this one, shape (T,) or (), if ``where`` is true."""
+        self.value = torch.where(self.value.isnan() & where, value, self.value)
+
+    def adam(self, grad: Tensor, where: Tensor) -> None:
+        """One Adam step on the scalars at which ``where`` is true; the others keep value and state to the bit.
+
+        Args:
+            grad: The derivative of the loss, shape (T,).
+            where: Booleans, shape (T,) or ().
+
+        Source: Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorithm 1.
+        """
+        beta1, beta2 = self.BETAS
+        step = self.step + 1
+        exp_avg = torch.lerp(self.exp_avg, grad, 1 - beta1)
+        exp_avg_sq = beta2 * self.exp_avg_sq + (1 - beta2) * grad.square()
+        # 1 - beta^step by expm1: the plain form loses four digits in float32 when beta^step is close to 1
+        m = exp_avg / -torch.expm1(step * math.log(beta1))
+        v = exp_avg_sq / -torch.expm1(step * math.log(beta2))
+        value = self.value - self.lr * m / (v.sqrt() + self.EPS)
+        for name, new in zip(self._ADAM, (value, exp_avg, exp_avg_sq, step), strict=True):
+            setattr(self, name, torch.where(where, new, getattr(self, name)))
+
+    def as_dict(self) -> dict[str, float]:
+        """The scalars by parameter name; waits for the device."""
+        return dict(zip(self.names, self.value.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names and vectors, on the CPU."""
+        return {"names": list(self.names), **{name: getattr(self, name).cpu() for name in self._ADAM}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over names and vectors."""
+        self.names = list(state["names"])
+        for name in self._ADAM:
+            setattr(self, name, state[name])
+
+
+class Radii(LearnedScalars):
+    """The radii of all constrained tensors, and where their tensors were at the last projection.
+
+    Attributes:
+        reach: The largest row distance of each tensor before its last projection, shape (T,).
+        distance: The same after it.
+    """
+
+    _MORE = ("distance", "reach")
+
+    distance: Tensor
+    reach: Tensor
+
+    def clamp(self, largest: Tensor, where: Tensor) -> None:
+        """Make radii legal, if ``where`` is true: [1e-8, largest row distance], see `projection.legal_radius`."""
+        self.value = torch.where(where, legal_radius(self.value, largest), self.value)
+
+    @property
+    def bounds(self) -> Tensor:
+        """The radii, infinite where there is none yet."""
+        return self.value.nan_to_num(nan=torch.inf)
+
+    def slope(self, tensors: Constrained, gradients: Matrices, weights: Matrices, rows: Tensor) -> Tensor:
+        """dLoss/dgamma of each tensor, shape (T,); collective where tensors are split over processes.
+
+        Args:
+            tensors: Those of these radii.
+            gradients: G, of the loss at the projected weights.
+            weights: W, before the projection.
+            rows: Their distances, from `Constrained.rows`.
+        """
+        return tensors.total(radius_slope(tensors.dots(gradients, weights), rows, tensors.of_rows(self.value)))
+
+    def projected(self, largest: Tensor, moved: Tensor) -> None:
+        """Note the largest distances after a projection, from those before it, of the tensors that were moved."""
+        self.reach = torch.where(moved, largest, self.reach)
+        self.distance = ratio(self.bounds, self.reach) * self.reach
+
+    def quantities(self) -> dict[str, Tensor]:
+        """Radius, distance, ratio and whether it binds, as after the last projection."""
+        binds = self.value < self.reach
+        ratios = torch.where(binds, ratio(self.value, self.reach), 1)
+        return {"radius": self.value, "distance": self.distance, "ratio": ratios, "binds": binds}
+
+    def method_state(self) -> dict[str, Any]:
+        """Radii with their Adam state, and the last distances, as they stand in checkpoints."""
+        return {"radii": self.state_dict(), "distances": self.distance.cpu(), "reach": self.reach.cpu()}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take over what `method_state` gave."""
+        self.load_state_dict(state["radii"])
+        self.distance = state["distances"]
+        self.reach = state.get("reach", self.distance)  # older checkpoints have none

@@ -1,0 +1,175 @@
+"""TPGM: the Trainable Projected Gradient Method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_tpgm.constrained import Constrained
+from lightning_tpgm.layout import Matrices
+from lightning_tpgm.methods.held_out import HeldOut
+from lightning_tpgm.methods.learned import Radii
+from lightning_tpgm.methods.method import Method, Step, check, is_count, is_number
+from lightning_tpgm.norms import NORMS, Norm
+
+When = Literal["training", "fit_end"]
+
+
+class TPGM(Method):
+    """After every step W := W0 + r (W - W0), r = clip(gamma / (n + 1e-8), 0, 1); gamma is learned on held-out data.
+
+    With G the gradient of the held-out loss at the projected weights, an update of a tensor's radius is a step of Adam
+    with dLoss/dgamma = the sum of <G_row, D_row> / (n_row + 1e-8) over the rows with 0 < gamma / (n_row + 1e-8) < 1.
+
+    Args:
+        radius_lr: Adam learning rate of the radii.
+        norm: ``"mars"`` (maximum absolute row sum; each row has its distance, all rows of a tensor share the radius) or
+            ``"l2"`` (Frobenius norm of the tensor).
+        radius_steps: Radius updates each time they are due.
+        every_n_steps: The radii are updated on every n-th step of each optimizer, the first included; weights are
+            projected after every one.
+        when: ``"training"``; or ``"fit_end"``: nothing after steps, and all ``radius_steps`` updates in `finish`.
+
+    Attributes:
+        held_out: Has to be set before the first step.
+        progress: Wraps the updates that `finish` makes, for a progress bar.
+        heldout_loss: Of the last update; None before.
+        skipped: How many updates were skipped, because the held-out loss or its gradient was not finite.
+
+    Raises:
+        ValueError: For an argument out of its range.
+
+    Source: Tian et al., "Trainable Projected Gradient Method for Robust Fine-tuning", CVPR 2023, arXiv 2303.10720.
+    """
+
+    has_radii = True
+    progress: Callable[[range], Sequence[int]] = staticmethod(lambda updates: updates)
+
+    def __init__(
+        self,
+        radius_lr: float = 1e-2,
+        norm: Norm = "mars",
+        radius_steps: int = 1,
+        every_n_steps: int = 1,
+        when: When = "training",
+    ) -> None:
+        check(is_number(radius_lr) and radius_lr > 0, "radius_lr", "a positive number", radius_lr)
+        check(norm in NORMS, "norm", f"one of {', '.join(map(repr, NORMS))}", norm)
+        check(is_count(radius_steps), "radius_steps", "a positive integer", radius_steps)
+        check(is_count(every_n_steps), "every_n_steps", "a positive integer", every_n_steps)
+        check(when in get_args(When), "when", "'training' or 'fit_end'", when)
+        if when == "fit_end" and every_n_steps != 1:
+            raise ValueError(
+                f"`every_n_steps` = {every_n_steps} has no effect with `when` = 'fit_end': no optimizer"
+                " steps follow. Leave it out; `radius_steps` is the number of updates."
+            )
+        self.norm, self.radius_steps, self.every_n_steps = norm, radius_steps, every_n_steps
+        self.acts_at_end = when == "fit_end"
+        self.radii = Radii(radius_lr)
+        self.steps: dict[int, int] = {}  # seen of each optimizer, by its index
+        self.held_out: HeldOut | None = None
+        self.heldout_loss: Tensor | None = None
+        self.skipped = torch.zeros((), dtype=torch.long)
+        self._to_come = False  # what `finish` learns
+
+    @override
+    def joined(self, tensors: Constrained, names: Sequence[str]) -> None:
+        self.radii.add(names)
+
+    @override
+    def after(self, tensors: Constrained, step: Step) -> None:
+        """Updates the radii of this optimizer's tensors if that is due, and projects these."""
+        steps = self.steps.get(step.index, 0)
+        self.steps[step.index] = steps + 1
+        moved = tensors.vector([True for _ in tensors.names])
+        # While a fused optimizer steps under a gradient scaler it holds this flag and may skip the step; to read it
+        # here would make a GPU wait.
+        skipped = getattr(step.optimizer, "found_inf", None)
+        if skipped is not None:
+            moved = moved & (skipped == 0)
+        self._constrain(tensors, range(self.radius_steps if steps % self.every_n_steps == 0 else 0), moved)
+
+    @override
+    def finish(self, tensors: Constrained) -> None:
+        """Learns the radii now, if that was asked for."""
+        self._to_come = False
+        if self.acts_at_end and tensors.names:
+            updates = self.progress(range(self.radius_steps))
+            self._constrain(tensors, updates, tensors.vector([True for _ in tensors.names]))
+
+    def _constrain(self, tensors: Constrained, updates: Sequence[int], moved: Tensor) -> None:
+        """Update the radii and project the weights."""
+        if not tensors.names:
+            return
+        weights = tensors.weights()
+        if updates:  # the parameters will hold projections
+            rows, weights = tensors.rows(weights, copies=tensors.spare), tensors.spare
+        else:
+            rows = tensors.rows(weights)
+        largest = tensors.largest(rows)
+        with self.radii.of(tensors) as radii:
+            radii.start(tensors.smallest(rows) / 2, where=moved)
+            try:
+                for _ in updates:
+                    radii.clamp(largest, where=moved)
+                    tensors.project(weights, rows, radii.bounds)
+                    self._update(radii, tensors, weights, rows, moved)
+            finally:  # whatever happens, the weights are left inside the ball
+                radii.clamp(largest, where=moved)
+                tensors.project(weights, rows, radii.bounds)
+                radii.projected(largest, moved)
+
+    def _update(self, radii: Radii, tensors: Constrained, weights: Matrices, rows: Tensor, moved: Tensor) -> None:
+        """One Adam step on the radii of the moved tensors; the parameters hold the projections of ``weights``."""
+        if self.held_out is None:
+            raise ValueError("TPGM needs held-out data: a `held_out_loss` for `constrain`.")
+        loss, grads = self.held_out(tensors.parameters)
+        if loss is None and self.held_out.processes == 1:
+            return  # "skip this batch"; several processes must go on together: not a number skips it on all of them
+        parts = tensors.arrange([tensors.part(grad, i) for i, grad in enumerate(grads)])
+        slope = radii.slope(tensors, parts, weights, rows)
+        value = radii.value.new_full((1,), torch.nan) if loss is None else loss.to(radii.value).reshape(1)
+        used = tensors.vector([grad is not None for grad in grads]).to(radii.value)
+        mean = self.held_out.mean(torch.cat([value, slope, used]))
+        slope, used = mean[1:].chunk(2)
+        finite = mean.isfinite().all()
+        radii.adam(slope, where=finite & (used > 0) & moved)
+        self.heldout_loss = mean[0]
+        self.skipped = self.skipped + ~finite
+
+    @override
+    def quantities(self, tensors: Constrained) -> dict[str, Tensor]:
+        """Radius, distance, ratio and whether it binds; with ``when="fit_end"`` the distance until then."""
+        return super().quantities(tensors) if self._to_come else self.radii.quantities()
+
+    @override
+    def growth(self) -> float:
+        """Adam's step is at most about its learning rate."""
+        return self.radii.lr * self.radius_steps / self.every_n_steps
+
+    @override
+    def state(self) -> dict[str, Any]:
+        held_out = {} if self.held_out is None else self.held_out.state_dict()
+        return {**self.radii.method_state(), "steps": dict(self.steps), "held_out": held_out}
+
+    @override
+    def load(self, state: dict[str, Any]) -> None:
+        self.radii.load_method_state(state)
+        self.steps = dict(state["steps"])
+        if self.held_out is not None:
+            self.held_out.load_state_dict(state["held_out"])
+
+    @override
+    def place(self, tensors: Constrained) -> None:
+        super().place(tensors)
+        self.skipped = self.skipped.to(tensors.scalar().device)
+        self._to_come = self.acts_at_end
+
+    @override
+    def release(self) -> None:
+        super().release()
+        self.skipped, self._to_come = self.skipped.cpu(), False

@@ -1,0 +1,84 @@
+"""What users see of a method: a report, pictures, a table, warnings, and what a logger is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_tpgm.observing.history import History
+from lightning_tpgm.observing.plotting import plot_layers, plot_steps
+from lightning_tpgm.observing.reporting import PER_TENSOR, Row, by_name, print_table, rows_of
+from lightning_tpgm.observing.watch import Watch
+
+Over = Literal["layers", "steps"]
+Quantity = Literal["distance", "radius", "omega"]
+Quantities = Mapping[str, Tensor]
+
+
+class Reporter:
+    """Records the quantities of all constrained tensors, and shows them.
+
+    Quantities come by name, see `lightning_tpgm.observing.reporting`; empty ones mean that nothing is constrained now:
+    then the last ones of the fit are shown.
+
+    Args:
+        title: The method's name.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.history = History()
+        self.last: Quantities = {}  # at the end of the fit, on the CPU
+        self._watch = Watch()
+
+    def record(self, quantities: Callable[[], Quantities], every: int) -> None:
+        """Called after each optimizer step; ``every`` is how often the quantities are asked for at most."""
+        if self.history.due(every):
+            self.history.add({name: value for name, value in quantities().items() if name in PER_TENSOR})
+
+    def conclude(self, quantities: Quantities) -> None:
+        """Keep what is to be shown from now on, and nothing on the device."""
+        if quantities:
+            self.last = {name: vector.clone().cpu() for name, vector in quantities.items()}
+        self.history.leave_device()
+
+    def report(self, anchors: Mapping[str, Tensor], quantities: Quantities) -> list[Row]:
+        """One dict per constrained tensor; empty before the first fit."""
+        return rows_of(anchors, quantities or self.last)
+
+    def each(self, prefix: str, anchors: Mapping[str, Tensor], quantities: Quantities) -> dict[str, float]:
+        """Each tensor's numbers, as ``PREFIX_radius/NAME``; waits for the device."""
+        found: dict[str, float] = {}
+        for name in (name for name in PER_TENSOR if name in quantities):
+            found |= by_name(f"{prefix}_{name}/", anchors, quantities[name])
+        return found
+
+    def print_table(self, title: str, anchors: Mapping[str, Tensor]) -> None:
+        """Print the tensors that moved most and least, if there was a fit."""
+        if self.last:
+            print_table(title, rows_of(anchors, self.last))
+
+    def plot(
+        self, anchors: Mapping[str, Tensor], quantities: Quantities, over: Over, quantity: Quantity, ax: Any
+    ) -> tuple[Any, Any]:
+        """Draw layers, or a heat map of one quantity; see `lightning_tpgm.Constraint.plot`."""
+        names, now = list(anchors), quantities or self.last
+        if over not in ("layers", "steps"):
+            raise ValueError(f"`over` should be 'layers' or 'steps', found {over!r}.")
+        if not now:
+            raise ValueError(f"{self.title} has nothing to draw yet. Plot during or after a fit.")
+        title = self.title.removesuffix("Callback")
+        if over == "layers":
+            return plot_layers(names, {name: vector.cpu() for name, vector in now.items()}, title, ax)
+        if quantity not in now:
+            raise ValueError(f"`quantity` should be one of {[q for q in PER_TENSOR if q in now]}, found {quantity!r}.")
+        steps, matrix = self.history.with_present(quantity, now[quantity])
+        return plot_steps(names, steps, matrix, f"{title}: {quantity}", ax)
+
+    def troubles(self, quantities: Quantities, sizes: Callable[[], Tensor], growth: float) -> Iterator[str]:
+        """What goes wrong silently, each once; see `lightning_tpgm.observing.watch.Watch.look`."""
+        if quantities:
+            for trouble in self._watch.look(self.history.count, quantities, sizes, growth):
+                yield f"{self.title}: {trouble}"

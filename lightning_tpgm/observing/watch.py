@@ -1,0 +1,85 @@
+"""What goes wrong silently when a pretrained module is fine-tuned, found by looking at numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_tpgm.projection import MIN_RADIUS
+
+
+class Watch:
+    """Follows the quantities of `lightning_tpgm.observing.reporting` and says each trouble once."""
+
+    PATIENCE = 100  # steps until something should have moved
+    LONG = 500  # steps for which every constraint may bind while the radii grow as fast as they can
+    RESOLUTION = 1e-6  # of an anchor's size: a smaller movement is none
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._at_floor_since: int | None = None
+        self._at_bound_since: tuple[int, Tensor] | None = None  # and the radii then
+
+    def look(
+        self, step: int, quantities: Mapping[str, Tensor], sizes: Callable[[], Tensor], growth: float
+    ) -> Iterator[str]:
+        """The troubles that are new; waits for the device.
+
+        Args:
+            step: How many optimizer steps there were.
+            quantities: Shape (T,) each.
+            sizes: Gives the norm of each anchor, shape (T,); asked for once.
+            growth: By how much a radius can grow in a step.
+        """
+        for trouble, text in self._troubles(step, quantities, sizes, growth):
+            if trouble not in self._said:
+                self._said.add(trouble)
+                yield text
+
+    def _troubles(
+        self, step: int, quantities: Mapping[str, Tensor], sizes: Callable[[], Tensor], growth: float
+    ) -> Iterator[tuple[str, str]]:
+        if step >= self.PATIENCE and "moved" not in self._said:
+            self._said.add("moved")  # one look is enough
+            reach = quantities["distance"] / quantities.get("ratio", torch.ones(())).clamp(min=1e-30)
+            size = sizes()
+            size = size.where(size > 0, size[size > 0].min() if bool(size.any()) else 0)  # one that starts at zero
+            if not bool((reach > self.RESOLUTION * size).any()):
+                yield (
+                    "still",
+                    f"After {step} optimizer steps no constrained tensor has moved by more than {self.RESOLUTION:g} of"
+                    " its size: there is nothing to constrain yet. Raise the learning rate, or check that the optimizer"
+                    " holds these parameters and that they get gradients.",
+                )
+        if "radius" not in quantities:
+            return
+        radius, binds = quantities["radius"], quantities["binds"]
+        if not bool(binds.any() & (radius <= MIN_RADIUS).all()):
+            self._at_floor_since = None
+        elif self._at_floor_since is None:
+            self._at_floor_since = step
+        elif step - self._at_floor_since >= self.PATIENCE:
+            yield (
+                "floor",
+                f"For {step - self._at_floor_since} optimizer steps all {len(radius)} radii have been at their floor of"
+                f" {MIN_RADIUS:g}: the weights stay where they were pretrained. Each step of the optimizer goes where"
+                " the loss that the radii learn from is higher: lower the learning rate, and check that the held-out"
+                " data are like the training data.",
+            )
+        if not bool(binds.all()):
+            self._at_bound_since = None
+        elif self._at_bound_since is None:
+            self._at_bound_since = step, radius.clone()
+        elif step - self._at_bound_since[0] >= self.LONG:
+            since, radius_then = self._at_bound_since
+            grown = float((radius - radius_then).median()) if radius.shape == radius_then.shape else 0.0
+            if grown > growth * (step - since) / 2:
+                yield (
+                    "bound",
+                    f"For {step - since} optimizer steps all {len(radius)} constraints have been at their bound, while"
+                    " the radii grew about as fast as they can: `radius_lr` sets how far the weights get, not the data."
+                    " Raise `radius_lr`; choose it by accuracy on held-out data in distribution.",
+                )
+            self._at_bound_since = step, radius.clone()  # judge the next stretch by itself

@@ -1,0 +1,89 @@
+"""The methods in plain PyTorch loops, under Lightning Fabric, in anybody's trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_tpgm.anchors import AnchorDevice
+from lightning_tpgm.constraint import Constraint
+from lightning_tpgm.gradients import PlainHeldOut
+from lightning_tpgm.methods import TPGM, Method
+from lightning_tpgm.pretrained import Pretrained, read_pretrained
+from lightning_tpgm.selection import constrainable
+from lightning_tpgm.sharding import reshard
+
+
+def constrain(
+    model: nn.Module,
+    method: Method,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+    *,
+    exclude: Sequence[str] = (),
+    pretrained: Pretrained | None = None,
+    held_out_loss: Callable[[], Tensor] | None = None,
+    anchor_device: AnchorDevice = None,
+    compile: bool = False,
+) -> Constraint:
+    """Let a method act on a model in a plain PyTorch loop, under Lightning Fabric, or in anybody's trainer.
+
+    It acts in the hooks of the optimizers: ``optimizer.step()`` is all that the loop does. Call this when the model
+    holds its pretrained weights and is where it will be trained (on its device, wrapped, sharded).
+
+    Args:
+        model: Its parameters are constrained; wrapped by DistributedDataParallel or Fabric or not.
+        method: One of `lightning_tpgm.methods`, a new object for each model.
+        optimizers: Those that step the model's parameters. None are needed for a method that acts at the end.
+        exclude: fnmatch patterns over parameter names, for instance ``["head.*"]``; those are not constrained.
+        pretrained: Where the anchors come from: a file, a mapping, a module; None: the model's weights now.
+        held_out_loss: For `TPGM`: returns the loss on the next held-out batch, a scalar tensor, at the model's present
+            weights. Train or eval mode and the batches are its own affair.
+        anchor_device: ``"cpu"``: the anchors are kept in the host's memory; None: on the parameters' device.
+        compile: Whether the work on the weights is fused by ``torch.compile`` (`TPGM`, `FTP`).
+
+    Returns:
+        The constraint: ``radii``, ``distances``, ``report()``, ``plot()``, ``state_dict()`` and ``load_state_dict()``
+        for checkpoints, ``finish()`` for methods that act at the end, ``remove()``.
+
+    Raises:
+        ValueError: For a pattern that matches nothing, pretrained weights that do not fit, nothing to constrain, or
+            `TPGM` without ``held_out_loss``.
+
+    >>> import torch
+    >>> from torch.nn.functional import mse_loss
+    >>> from lightning_tpgm.methods import TPGM
+    >>> model, x, y = nn.Linear(3, 1), torch.randn(8, 3), torch.randn(8, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> held_out = lambda: mse_loss(model(x[4:]), y[4:])
+    >>> constraint = constrain(model, TPGM(), optimizer, exclude=["bias"], held_out_loss=held_out)
+    >>> mse_loss(model(x[:4]), y[:4]).backward()
+    >>> optimizer.step()
+    >>> list(constraint.radii)
+    ['weight']
+    """
+    model = _unwrapped(model)
+    if isinstance(method, TPGM):
+        if held_out_loss is None:
+            raise ValueError("`held_out_loss` is missing: TPGM learns its radii from it. FTP needs no held-out data.")
+        method.held_out = PlainHeldOut(model, held_out_loss)
+    elif held_out_loss is not None:
+        raise ValueError(f"`held_out_loss` has no effect with {type(method).__name__}. Leave it out.")
+    reshard(model)
+    candidates = constrainable(model, exclude, buffers=method.constrains_buffers)
+    constraint = Constraint(method, anchor_device, compile)
+    constraint.begin(model, candidates, None if pretrained is None else read_pretrained(pretrained))
+    if not constraint.anchors.joined and not constraint.anchors.waiting:
+        raise ValueError(
+            f"{constraint.title} has nothing to constrain: no parameter remains after `exclude` = {list(exclude)}."
+        )
+    constraint.steps.follow([optimizers] if isinstance(optimizers, Optimizer) else optimizers)
+    return constraint
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module, whatever DDP and Fabric put around it."""
+    inner = getattr(model, "_original_module", model.module if isinstance(model, DistributedDataParallel) else None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model

@@ -1,0 +1,115 @@
+"""The steps of optimizers that somebody else takes: when they begin, when their gradients are there, when they end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_tpgm.methods.method import Step
+
+OnStep = Callable[[Step], None]
+
+
+class Steps:
+    """Calls functions around every step of some optimizers.
+
+    What counts is a call of ``optimizer.step``, hooked with torch's own hooks: this is right under gradient
+    accumulation, gradient scalers, several optimizers and steps by hand. A step that calls another one (of its base
+    class, of an optimizer that it wraps) is one step.
+
+    Args:
+        before: Called before the step. The gradients may not be there: a closure may compute them.
+        gradients: Called when they are there and not used yet: before the step, or after each call of its closure.
+            None: somebody else finds out, as Lightning does between a closure's gradients and their clipping.
+        after: Called after the step.
+
+    Attributes:
+        optimizers: Those that are followed.
+        any_seen: Whether there was a step; set it to False to look again.
+    """
+
+    def __init__(self, before: OnStep, gradients: OnStep | None, after: OnStep) -> None:
+        self._before, self._gradients, self._after = before, gradients, after
+        self._handles: list[RemovableHandle] = []
+        self._running: list[FrameType] = []  # the calls of `step` that are within each other now
+        self.optimizers: list[Optimizer] = []
+        self.any_seen = False
+
+    def follow(self, optimizers: Iterable[Optimizer]) -> None:
+        """Follow these optimizers, and no others any more; of Lightning's and Fabric's wrappers what they wrap."""
+        found = [_unwrapped(optimizer) for optimizer in optimizers]
+        if [*map(id, found)] == [*map(id, self.optimizers)]:
+            return
+        self.stop()
+        self.optimizers = found
+        for index, optimizer in enumerate(found):
+            self._handles += [
+                optimizer.register_step_pre_hook(self._begins(index)),
+                optimizer.register_step_post_hook(self._ends(index)),
+            ]
+
+    def stop(self) -> None:
+        """Follow no optimizer any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._running, self.optimizers = [], [], []
+
+    def step_of(self, optimizer: Optimizer) -> Step | None:
+        """A step of this optimizer, if it is followed."""
+        return next((Step(o, index) for index, o in enumerate(self.optimizers) if o is optimizer), None)
+
+    def _begins(self, index: int) -> Callable[..., Any]:
+        def begins(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+            call = sys._getframe(1)
+            # a step that raised has never come to its end: it is no call that this one is within
+            self._running = [running for running in self._running if running in _callers(call)]
+            self._running.append(call)
+            if len(self._running) > 1:
+                return None
+            step = Step(optimizer, index)
+            self._before(step)
+            return None if self._gradients is None else self._with_gradients(self._gradients, step, args, kwargs)
+
+        return begins
+
+    @staticmethod
+    def _with_gradients(gradients: OnStep, step: Step, args: Any, kwargs: Any) -> Any:
+        """Say when the gradients are there; if a closure computes them it is replaced by one that also says so."""
+        closure = kwargs.get("closure", next(iter(args[1:]), None))  # the first is the optimizer
+        if not callable(closure):
+            gradients(step)
+            return None
+
+        def then(*closure_args: Any) -> Any:
+            loss = closure(*closure_args)
+            gradients(step)
+            return loss
+
+        return (args, {**kwargs, "closure": then}) if "closure" in kwargs else ((args[0], then, *args[2:]), kwargs)
+
+    def _ends(self, index: int) -> Callable[..., None]:
+        def ends(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._running = self._running[:-1]
+            self.any_seen = True
+            if not self._running:
+                self._after(Step(optimizer, index))
+
+        return ends
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    wrapped = any(base.__name__ in ("LightningOptimizer", "_FabricOptimizer") for base in type(optimizer).__mro__)
+    found: Optimizer = optimizer.optimizer if wrapped else optimizer
+    return found
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        frame = frame.f_back
+        if frame is not None:
+            yield frame
