@@ -6,10 +6,12 @@ VENV_OLDEST ?= .venv-oldest
 VENV_PACKAGE ?= .venv-package
 VENV_COMPAT ?= .venv-compat
 PYTEST_ARGS ?=
+# Two processes of one thread each: what tests train is too small for threads to share.
+PYTEST_TWICE := -n 2 --dist loadgroup
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo benchmark benchmark-quick bench test lint tests package docs demo-quick oldest compat env clean distclean
+.PHONY: help demo benchmark benchmark-quick bench test lint tests slow package docs demo-quick oldest compat env clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST)
@@ -31,15 +33,18 @@ bench: $(VENV)/.installed-demo  ## what each method costs, against the floor: ab
 	$(VENV)/bin/python examples/overhead/overhead.py
 	$(VENV)/bin/python examples/overhead/report.py
 
-test: lint tests package docs demo-quick oldest compat  ## everything that CI runs
+test: lint tests slow package docs demo-quick oldest compat  ## everything that CI runs
 
 lint: $(VENV)/.installed-dev  ## style, format and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-tests: $(VENV)/.installed-dev  ## tests and doctests; options in PYTEST_ARGS, for instance --cov
-	$(VENV)/bin/pytest $(PYTEST_ARGS)
+tests: $(VENV)/.installed-dev  ## tests and doctests but for the slow ones; options in PYTEST_ARGS, for instance --cov
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(PYTEST_TWICE) -m "not slow" $(PYTEST_ARGS)
+
+slow: $(VENV)/.installed-dev  ## the slow tests: what starts processes, compiles, or runs examples and the benchmark
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(PYTEST_TWICE) -m slow $(PYTEST_ARGS)
 
 # The checks run in the root folder with -I: the package that they import is the installed one.
 package: $(VENV)/.installed-dev $(VENV_PACKAGE)/.installed  ## build, look into the wheel, import it with no extras installed
@@ -59,7 +64,7 @@ demo-quick: $(VENV)/.installed-dev  ## the demo at its smallest: that it runs, n
 	$(VENV)/bin/python examples/digits/demo.py --seeds 1 --epochs 1 --output demo_output/quick
 
 oldest: $(VENV_OLDEST)/.installed  ## the tests against the oldest supported lightning
-	$(VENV_OLDEST)/bin/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/pytest $(PYTEST_TWICE) -m "not slow" $(PYTEST_ARGS)
 
 compat: $(VENV_COMPAT)/.installed  ## modules of other projects, and the example with a transformer
 	$(VENV_COMPAT)/bin/pytest compat

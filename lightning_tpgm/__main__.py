@@ -25,8 +25,9 @@ def project(
     norm: Norm = "l2",
     radius_lr: float = 1e-2,
     radius_steps: int = 200,
-    exclude: list[str] | None = None,
+    exclude: list[str] | str | None = None,
     loss: str | None = None,
+    eval_mode: bool = True,
     accelerator: str = "auto",
     devices: int | list[int] | str = "auto",
     precision: str | None = None,
@@ -45,6 +46,7 @@ def project(
         radius_steps: Number of radius updates.
         exclude: fnmatch patterns over parameter names that keep their fine-tuned value.
         loss: Leave out for the module's training_step, or validation_step.
+        eval_mode: false evaluates the loss in train mode, for a training_step that needs it.
         accelerator: As in Lightning's Trainer.
         devices: As in Lightning's Trainer.
         precision: As in Lightning's Trainer.
@@ -62,8 +64,9 @@ def project(
         norm=norm,
         radius_lr=radius_lr,
         radius_steps=radius_steps,
-        exclude=exclude or (),
+        exclude=[exclude] if isinstance(exclude, str) else exclude or (),
         loss=loss,  # type: ignore[arg-type]  # checked by the callback, with its message
+        eval_mode=eval_mode,
         trainer=trainer,
     )
     if trainer.is_global_zero:

@@ -151,8 +151,8 @@ class Anchors:
 
     def release(self) -> None:
         """Let go of the parameters and of device memory; anchors stay, on the CPU, for a later `state_dict`."""
-        self.joined = to_cpu(self.joined)
         self.parameters, self._frozen = {}, {}
+        self.joined = to_cpu(self.joined)
 
     def state_dict(self) -> dict[str, Any]:
         """Anchors, and what is kept for those that wait, whole and on the CPU. Collective where tensors are split."""
@@ -173,6 +173,25 @@ class Anchors:
                 " their anchors are split with them, and stay beside them. Leave it out."
             )
         return capture(value, parameter, self.device)
+
+
+class Untouched:
+    """Tells whether the weights that fresh anchors were taken from have been changed since.
+
+    By the tensors' own counts of changes and their addresses: no value is compared, so that no device has to wait.
+    """
+
+    def __init__(self, anchors: Anchors) -> None:
+        self._parameters = list(anchors.parameters.values()) if anchors.origin == "fresh" else []
+        self._seen = self._now()
+
+    def were_replaced(self) -> bool:
+        """Whether any of them was."""
+        return self._now() != self._seen
+
+    def _now(self) -> list[tuple[int, int]]:
+        parts = [local(parameter.detach()) for parameter in self._parameters]
+        return [(part._version, part.data_ptr()) for part in parts]
 
 
 def capture(value: Tensor, parameter: Tensor, device: AnchorDevice = None) -> Tensor:

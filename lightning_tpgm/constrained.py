@@ -13,7 +13,7 @@ from lightning_tpgm.blocks import PLAIN, Blocks
 from lightning_tpgm.layout import Layout, Matrices
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.projection import safe_ratio
-from lightning_tpgm.sharding import Sharding, is_fsdp2, local, local_gradient
+from lightning_tpgm.sharding import Sharding, is_fsdp2, is_split, local, local_gradient
 
 
 class Constrained:
@@ -57,15 +57,19 @@ class Constrained:
     # ---- which tensors
 
     def stepped_by(self, optimizer: Optimizer) -> Constrained:
-        """Those that this optimizer steps, but for what is frozen now."""
+        """Those that this optimizer steps, but for what is frozen now and has no gradient: no optimizer moves that."""
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return self.subset([i for i, p in enumerate(self.parameters) if p.requires_grad and id(p) in owned])
+        stepped = ((i, p) for i, p in enumerate(self.parameters) if id(p) in owned)
+        return self.subset([i for i, p in stepped if p.requires_grad or p.grad is not None])
 
     def not_frozen(self) -> Constrained:
-        """Those that are not frozen now; buffers never are."""
-        return self.subset(
-            [i for i, p in enumerate(self.parameters) if p.requires_grad or not isinstance(p, nn.Parameter)]
-        )
+        """Those that are not frozen now; the buffers of a layer are if all its parameters are."""
+        layers = [name.rpartition(".")[0] for name in self.names]
+        tensors = list(zip(layers, self.parameters, strict=True))
+        thawed = {layer for layer, tensor in tensors if tensor.requires_grad}
+        frozen = {layer for layer, tensor in tensors if isinstance(tensor, nn.Parameter)} - thawed
+        kept = [t.requires_grad or not (isinstance(t, nn.Parameter) or layer in frozen) for layer, t in tensors]
+        return self.subset([i for i, keep in enumerate(kept) if keep])
 
     def subset(self, indices: Sequence[int]) -> Constrained:
         """Some of the tensors."""
@@ -80,6 +84,11 @@ class Constrained:
             at = self.vector(indices, torch.long)
             self._subsets[key] = Constrained(some, anchors, self.norm, self._gathering, self._blocks, at)
         return self._subsets[key]
+
+    @property
+    def are_split(self) -> bool:
+        """Whether any is split over processes, so that measuring is collective."""
+        return any(map(is_split, self.parameters))
 
     # ---- how they are arranged
 

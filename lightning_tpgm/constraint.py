@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from lightning_tpgm.constrained import Constrained, gathering
 from lightning_tpgm.methods.method import Method, Step
 from lightning_tpgm.observing.reporter import Over, Quantities, Quantity, Reporter
 from lightning_tpgm.observing.reporting import Row
+from lightning_tpgm.optimizers import evaluates_other_weights, needs_unscaled_gradients, weights_for_evaluation
 from lightning_tpgm.steps import Steps
 
 Say = Callable[[str], None]
+Tensors = Mapping[str, Tensor]  # by name
 _logger = logging.getLogger(__name__)
 
 
@@ -53,16 +56,11 @@ class Constraint:
         self.record_every = 1  # steps, where quantities have to be measured
         self._compile, self._warn, self._tell = compile, warn, tell
         self._gathering: list[nn.Module] = []
-        self._candidates: Mapping[str, Tensor] = {}
+        self._candidates: Tensors = {}
 
     # ---- attaching it to a model
 
-    def begin(
-        self,
-        model: nn.Module,
-        candidates: Mapping[str, Tensor],
-        pretrained: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def begin(self, model: nn.Module, candidates: Tensors, pretrained: Tensors | None = None) -> None:
         """Take the anchors from the model's weights, or from given ones."""
         if pretrained is None:
             self.anchors.begin(candidates)
@@ -70,24 +68,17 @@ class Constraint:
             self.anchors.begin_from(pretrained, candidates, self._report)
         self._attach(model, candidates)
 
-    def restore(self, model: nn.Module, candidates: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def restore(self, model: nn.Module, candidates: Tensors, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was asked for."""
         self.anchors.restore(state, candidates)
         self._attach(model, candidates, state)
 
-    def go_on(
-        self,
-        model: nn.Module,
-        candidates: Mapping[str, Tensor],
-        pretrained: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def go_on(self, model: nn.Module, candidates: Tensors, pretrained: Tensors | None = None) -> None:
         """Go on with the same model after `release`."""
         self.anchors.go_on(candidates, pretrained, self._report)
         self._attach(model, candidates)
 
-    def _attach(
-        self, model: nn.Module, candidates: Mapping[str, Tensor], state: Mapping[str, Any] | None = None
-    ) -> None:
+    def _attach(self, model: nn.Module, candidates: Tensors, state: Mapping[str, Any] | None = None) -> None:
         self._gathering, self._candidates = gathering(model), candidates
         self._arrange()
         if state is not None:
@@ -123,11 +114,24 @@ class Constraint:
 
     # ---- the steps of optimizers
 
+    def follow(self, optimizers: Iterable[Optimizer]) -> None:
+        """Act in the steps of these optimizers, and of no others any more.
+
+        Raises:
+            TypeError: If an optimizer has no hooks, or evaluates other weights than it steps.
+        """
+        self.steps.follow(optimizers)
+        if not self.method.changes_gradients and not self.method.acts_at_end:
+            for optimizer in self.steps.optimizers:
+                if evaluates_other_weights(optimizer):
+                    self.steps.stop()
+                    raise TypeError(weights_for_evaluation(self.title, optimizer))
+
     @torch.no_grad()
     def before(self, step: Step) -> None:
         """An optimizer is about to step."""
         self.join()
-        if self.method.reads_gradients and getattr(step.optimizer, "grad_scale", None) is not None:
+        if self.method.reads_gradients and getattr(step.optimizer, "found_inf", None) is not None:
             raise ValueError(needs_unscaled_gradients(self.title, step.optimizer))
         if type(self.method).before is not Method.before and (tensors := self._stepped_by(step)) is not None:
             self.method.before(tensors, step)
@@ -163,17 +167,24 @@ class Constraint:
             self.method.finish(self.tensors.not_frozen())
 
     def remove(self) -> None:
-        """Leave the model and its optimizers alone from now on. What was learned and seen can still be asked for."""
+        """Leave the model and its optimizers alone from now on. What was learned and seen can still be asked for.
+
+        Collective where parameters are split over processes.
+        """
         self.steps.stop()
+        self.reporter.conclude(self.quantities())
         self.release()
 
     def release(self) -> None:
         """Let go of the model and of device memory; what `state_dict` needs stays, on the CPU."""
-        if self.tensors is not None:
-            self.reporter.conclude(self.quantities() if self.at_hand else {})
+        with suppress(RuntimeError):  # after an error there may be no memory to measure them
+            self.reporter.conclude(self.seen())
         self.tensors, self._gathering, self._candidates = None, [], {}
-        self.method.release()
-        self.anchors.release()
+        try:
+            self.reporter.history.leave_device()
+            self.method.release()
+        finally:  # also with a device that is broken
+            self.anchors.release()
 
     # ---- what users ask for
 
@@ -206,6 +217,11 @@ class Constraint:
             return {}
         with torch.no_grad():
             return self.method.quantities(self.tensors)
+
+    def seen(self) -> Quantities:
+        """The quantities, or the last known ones where to ask for them would be collective."""
+        alone = self.at_hand or (self.tensors is not None and not self.tensors.are_split)
+        return (alone and self.quantities()) or self.reporter.last
 
     def _by_name(self, quantity: str) -> dict[str, float]:
         found = (self.quantities() or self.reporter.last).get(quantity)
@@ -261,8 +277,10 @@ class Constraint:
         """Take over what `state_dict` gave: the anchors are the original ones, whatever the model holds now.
 
         Raises:
-            ValueError: If the anchors do not fit the model.
+            ValueError: If the state is of another method, its anchors do not fit the model, or there is no model.
         """
+        if self.tensors is None:
+            raise ValueError(f"{self.title} is at work on no model. Call load_state_dict before remove.")
         self.anchors.restore(state, self._candidates)
         self._arrange()
         self.load(state)
@@ -270,18 +288,12 @@ class Constraint:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """What was learned and seen alone."""
-        self.method.load(state["method"])
+        try:
+            self.method.load(state["method"])
+        except KeyError as error:
+            raise ValueError(f"The state is not one of {self.title}: it lacks {error}.") from error
         self.reporter.history = type(self.reporter.history)()
         if "history" in state:  # older checkpoints have none
             self.reporter.history.load_state_dict(state["history"])
         if self.tensors is not None:
             self.method.place(self.tensors)
-
-
-def needs_unscaled_gradients(title: str, optimizer: Optimizer) -> str:
-    """Why a fused optimizer under a gradient scaler is refused."""
-    return (
-        f"{title} needs unscaled gradients, but {type(optimizer).__name__} unscales them"
-        " inside its step (it is fused, and the precision is 16-mixed). Pass fused=False to the optimizer,"
-        " or precision='bf16-mixed' to the Trainer."
-    )

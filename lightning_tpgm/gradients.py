@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_tpgm.sharding import is_fsdp2, mean_over_processes
+from lightning_tpgm.sharding import full, is_fsdp2, mean_over_processes
 
 
 class LossGradient:
-    """A loss and its gradient by ``autograd.grad``; by ``backward`` where FSDP2 or reentrant checkpointing ask for it.
+    """A loss and its gradient by ``autograd.grad``; by ``backward`` where that cannot be.
 
     Args:
         attempt: Entered around a first attempt, which may be followed by a second one.
@@ -30,6 +31,7 @@ class LossGradient:
         loss: Callable[[], Tensor | None],
         parameters: Sequence[Tensor],
         scale: Callable[[Tensor], Tensor | None] = lambda loss: None,
+        backward: Callable[[Tensor], object] | None = None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Evaluate.
 
@@ -38,17 +40,18 @@ class LossGradient:
             loss: Gives a scalar tensor with a graph; or None, for no loss this time.
             parameters: What the gradient is for.
             scale: What the loss is multiplied by while its gradient is taken, as a gradient scaler does; None: nothing.
+            backward: The only way to the gradient of this model's loss: it adds to ``.grad``. None: torch's own.
 
         Returns:
             The loss without graph, and dLoss/dW of each parameter, None where the loss does not depend on it.
         """
-        if not self._by_backward and not any(is_fsdp2(module) for module in model.modules()):
+        if backward is None and not self._by_backward and not any(is_fsdp2(module) for module in model.modules()):
             try:
                 with self._attempt():
-                    return _evaluate(model, loss, parameters, scale, by_backward=False)
+                    return _evaluate(model, loss, parameters, scale, backward=None)
             except _ReentrantCheckpointingError:
                 self._by_backward = True
-        return _evaluate(model, loss, parameters, scale, by_backward=True)
+        return _evaluate(model, loss, parameters, scale, backward or torch.autograd.backward)
 
 
 class PlainHeldOut:
@@ -60,7 +63,8 @@ class PlainHeldOut:
     """
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
-        self._model, self._loss = model, loss
+        self._model: nn.Module | None = model
+        self._loss: Callable[[], Tensor] | None = loss
         self._gradient = LossGradient()
 
     @property
@@ -74,21 +78,17 @@ class PlainHeldOut:
         Raises:
             ValueError: If what came back is no scalar tensor with a graph.
         """
-        return self._gradient(self._model, self._value, parameters)
-
-    def _value(self) -> Tensor:
-        loss: Any = self._loss()
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
-            raise ValueError(
-                f"`held_out_loss` should return a scalar tensor with a graph to the weights, found {found}. Compute it"
-                " at the model's present weights, without torch.no_grad() and without detach()."
-            )
-        return loss.reshape(())
+        if self._model is None or self._loss is None:
+            raise ValueError("The constraint was removed.")
+        return self._gradient(self._model, partial(_value, self._loss), parameters)
 
     def mean(self, vector: Tensor) -> Tensor:
         """The mean over all processes."""
         return mean_over_processes(vector) if self.processes > 1 else vector
+
+    def close(self) -> None:
+        """Let go of both."""
+        self._model = self._loss = None
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: batches are the user's affair."""
@@ -98,14 +98,25 @@ class PlainHeldOut:
         """Nothing, see `state_dict`."""
 
 
+def _value(held_out_loss: Callable[[], Any]) -> Tensor:
+    loss = held_out_loss()
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
+        raise ValueError(
+            f"`held_out_loss` should return a scalar tensor with a graph to the weights, found {found}. Compute it"
+            " at the model's present weights, without torch.no_grad() and without detach()."
+        )
+    return loss.reshape(())
+
+
 def _evaluate(
     model: nn.Module,
     loss_of: Callable[[], Tensor | None],
     parameters: Sequence[Tensor],
     scale_of: Callable[[Tensor], Tensor | None],
-    by_backward: bool,
+    backward: Callable[[Tensor], object] | None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    aside = _grads_put_aside(model) if by_backward else nullcontext()
+    aside = nullcontext() if backward is None else _grads_put_aside(model)
     with torch.inference_mode(False), torch.enable_grad(), _fresh_casts(), aside:
         loss = loss_of()
         if loss is None:
@@ -113,14 +124,14 @@ def _evaluate(
         scale = scale_of(loss)
         scaled = loss if scale is None else loss * scale
         grads: Sequence[Tensor | None]
-        if by_backward:
-            torch.autograd.backward(scaled)
-            grads = [parameter.grad for parameter in parameters]
-        else:
+        if backward is None:
             grads = _autograd_grad(scaled, parameters)
+        else:
+            backward(scaled)
+            grads = [parameter.grad for parameter in parameters]
         if scale is not None:
             grads = [None if grad is None else grad.detach() / scale for grad in grads]
-    return loss.detach(), list(grads)
+    return full(loss.detach()), list(grads)  # the loss of tensors that are split may be a DTensor itself
 
 
 class _ReentrantCheckpointingError(RuntimeError):

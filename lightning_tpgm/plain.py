@@ -49,8 +49,10 @@ def constrain(
         for checkpoints, ``finish()`` for methods that act at the end, ``remove()``.
 
     Raises:
-        ValueError: For a pattern that matches nothing, pretrained weights that do not fit, nothing to constrain, or
-            `TPGM` without ``held_out_loss``.
+        ValueError: For a pattern that matches nothing, pretrained weights that do not fit, nothing to constrain,
+            optimizers that step nothing of it, or `TPGM` without ``held_out_loss``.
+        TypeError: For something else than a method, a string as ``exclude``, an optimizer without hooks on its step, or
+            one that evaluates other weights than it steps.
 
     >>> import torch
     >>> from torch.nn.functional import mse_loss
@@ -64,6 +66,13 @@ def constrain(
     >>> list(constraint.radii)
     ['weight']
     """
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"`method` should be an object of lightning_tpgm.methods, TPGM() for instance, found {method!r}."
+        )
+    if isinstance(exclude, str):
+        raise TypeError(f"`exclude` should be a sequence of patterns, found {exclude!r}. Write [{exclude!r}].")
+    followed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     model = _unwrapped(model)
     if isinstance(method, TPGM):
         if held_out_loss is None:
@@ -79,11 +88,19 @@ def constrain(
         raise ValueError(
             f"{constraint.title} has nothing to constrain: no parameter remains after `exclude` = {list(exclude)}."
         )
-    constraint.steps.follow([optimizers] if isinstance(optimizers, Optimizer) else optimizers)
+    stepped = {id(p) for optimizer in followed for group in optimizer.param_groups for p in group["params"]}
+    if not method.acts_at_end and not stepped & {id(p) for p in candidates.values()}:
+        raise ValueError(
+            f"{constraint.title} acts in the steps of `optimizers`, found {len(followed)} of them, which step no"
+            " parameter of the model that is to be constrained. Pass those that train it."
+        )
+    constraint.follow(followed)
     return constraint
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The user's own module, whatever DDP and Fabric put around it."""
-    inner = getattr(model, "_original_module", model.module if isinstance(model, DistributedDataParallel) else None)
-    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+    for name in ("_original_module", "_orig_mod"):  # of Fabric, of torch.compile
+        if isinstance(inner := getattr(model, name, None), nn.Module):
+            return _unwrapped(inner)
+    return _unwrapped(model.module) if isinstance(model, DistributedDataParallel) else model

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -23,7 +25,7 @@ def constrainable(module: nn.Module, exclude: Sequence[str] = (), buffers: bool 
     """The parameters that a constraint may act on, frozen ones included, by name.
 
     A parameter counts once, under its first name, if several modules share it; a pattern that matches any of its names
-    excludes it. Integer, complex and empty tensors are left alone.
+    excludes it. Integer, complex, sparse and empty tensors are left alone.
 
     Args:
         module: The module whose parameters are meant.
@@ -55,7 +57,7 @@ def constrainable(module: nn.Module, exclude: Sequence[str] = (), buffers: bool 
                 f"Parameter {aliases[0]!r} has no shape yet. Run one batch through the lazy module before the fit,"
                 " or name it in `exclude`."
             )
-        if parameter.is_floating_point() and parameter.numel() > 0:
+        if parameter.is_floating_point() and parameter.layout is torch.strided and parameter.numel() > 0:
             selected[aliases[0]] = parameter
     return selected
 
@@ -65,4 +67,7 @@ def _closest(pattern: str, names: list[str]) -> str:
     if not names:
         return "The module has none."
     close = [name for name in names if stem and stem in name] or difflib.get_close_matches(pattern, names, cutoff=0.4)
-    return f"The closest names are {', '.join(map(repr, (close or names)[:5]))}."
+    if close or len(names) <= 5:
+        return f"The closest names are {', '.join(map(repr, (close or names)[:5]))}."
+    beginnings = Counter(name.partition(".")[0] for name in names)
+    return f"Names begin with {', '.join(f'{start} ({count})' for start, count in beginnings.items())}."

@@ -89,7 +89,8 @@ class Sharding:
                 if not placement.is_replicate():
                     group = parameter.device_mesh.get_group(mesh_dim)
                     split.setdefault(group, []).append(index)
-                    if any(placement.is_shard(dim) for dim in row_dims(parameter.ndim, norm)):
+                    # not `is_shard`: a part that is split again, tensor parallel and then FSDP2, denies it
+                    if getattr(placement, "dim", None) in row_dims(parameter.ndim, norm):
                         rows_split.setdefault(group, []).append(index)
         self._split = {group: layout.on_device(indices, torch.long) for group, indices in split.items()}
         self._rows_split = {group: layout.rows_of(indices) for group, indices in rows_split.items()}

@@ -42,10 +42,16 @@ class Steps:
 
     def follow(self, optimizers: Iterable[Optimizer]) -> None:
         """Follow these optimizers, and no others any more; of Lightning's and Fabric's wrappers what they wrap."""
-        found = [_unwrapped(optimizer) for optimizer in optimizers]
+        found = [*{id(found): found for found in map(_unwrapped, optimizers)}.values()]  # each once
         if [*map(id, found)] == [*map(id, self.optimizers)]:
             return
         self.stop()
+        for optimizer in found:
+            if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+                raise TypeError(
+                    f"{type(optimizer).__name__} has no hooks on its step, as every torch.optim.Optimizer has. Derive"
+                    " it from that class and call super().__init__(params, defaults) in its constructor."
+                )
         self.optimizers = found
         for index, optimizer in enumerate(found):
             self._handles += [
@@ -94,7 +100,8 @@ class Steps:
 
     def _ends(self, index: int) -> Callable[..., None]:
         def ends(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._running = self._running[:-1]
+            callers = [*_callers(sys._getframe(1))]  # whoever raised within this call is none
+            self._running = [running for running in self._running if running in callers]
             self.any_seen = True
             if not self._running:
                 self._after(Step(optimizer, index))

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_tpgm import (
+    AnchorDecayCallback,
     DiGraPCallback,
     FTPCallback,
     L2SPCallback,
@@ -43,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "digrap": {"class": DiGraPCallback, "omega_lr": 0.3},
     "spd": {"class": SPDCallback},
     "l2sp": {"class": L2SPCallback, "strength": 0.3},
+    "anchor_decay": {"class": AnchorDecayCallback, "strength": 0.5},
     "wise_ft": {"class": WiSEFTCallback, "alpha": 0.3},
 }
 STRATEGIES = ("ddp", "fsdp2", "tensor_parallel")
@@ -76,9 +78,11 @@ class Module(pl.LightningModule):
             mesh = self.device_mesh["data_parallel"]
             fully_shard(self.net.first, mesh=mesh)
             fully_shard(self.net, mesh=mesh)
-        elif self.strategy == "tensor_parallel":
+        if self.strategy in ("tensor_parallel", "mesh"):
             plan = {"second": ColwiseParallel(), "head": RowwiseParallel()}
             parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+        if self.strategy == "mesh":  # parts of rows, of columns, and what is split twice
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
@@ -134,17 +138,18 @@ def train(
     resume_from: Path | None = None,
 ) -> dict[str, Any]:
     """One fit; the result holds what this rank saw."""
-    shares = 1 if strategy == "tensor_parallel" else world_size  # its processes see the same batches
+    # the processes of one tensor-parallel group see the same batches
+    shares, share = {"tensor_parallel": (1, 0), "mesh": (2, rank // 2)}.get(strategy, (world_size, rank))
     batch = GLOBAL_BATCH // shares
     train_set, held_out = data(STEPS * GLOBAL_BATCH, seed=2), data(3 * GLOBAL_BATCH, seed=3)
-    sampler = DistributedSampler(train_set, shares, rank if shares > 1 else 0, shuffle=False)
+    sampler = DistributedSampler(train_set, shares, share, shuffle=False)
     options = {name: value for name, value in METHODS[method].items() if name != "class"}
     if METHODS[method]["class"] is TPGMCallback and not own_loader:
         options["dataloader"] = DataLoader(held_out, batch)
     callback = METHODS[method]["class"](exclude=["net.head.bias"], **options)
     seen = Seen(callback)
     module = Module(strategy, optimizer)
-    sizes = (2, 1) if strategy == "fsdp2" else (1, 2)
+    sizes = {"fsdp2": (2, 1), "tensor_parallel": (1, 2), "mesh": (2, 2)}.get(strategy, (1, 1))
     strategies: dict[str, Any] = {
         "single": "auto",
         "ddp": DDPStrategy(process_group_backend="gloo"),
@@ -213,6 +218,18 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def cases_of_four(folder: Path) -> dict[str, dict[str, Any]]:
+    """What runs on four processes, in a mesh of two dimensions; single-METHOD.ckpt are in the folder already."""
+    found: dict[str, dict[str, Any]] = {f"mesh-{method}": {"strategy": "mesh", "method": method} for method in METHODS}
+    for method in RESUMED_METHODS:
+        half = {"max_steps": STEPS // 2, "save_to": folder / f"mesh-{method}.ckpt"}
+        found[f"mesh-{method}-half"] = {"strategy": "mesh", "method": method, **half}
+        for first in ("single", "mesh"):
+            resumed = {"resume_from": folder / f"{first}-{method}.ckpt"}
+            found[f"{first}-mesh-{method}-resumed"] = {"strategy": "mesh", "method": method, **resumed}
+    return found
+
+
 def main(folder: Path) -> None:
     """All cases on the processes that torchrun started; the results of a rank go to one file."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -220,11 +237,11 @@ def main(folder: Path) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     results = {}
-    for case, options in cases(folder).items():
+    for case, options in (cases if world_size == 2 else cases_of_four)(folder).items():
         if rank == 0:
             print(case, flush=True)
         results[case] = train(**options, rank=rank, world_size=world_size)
-    torch.save(results, folder / f"rank-{rank}.pt")
+    torch.save(results, folder / f"rank-{rank}-of-{world_size}.pt")
     torch.distributed.destroy_process_group()  # gloo's threads, left running, may abort the process at its end
 
 

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
 from lightning_tpgm import (
+    AnchorDecayCallback,
     DiGraPCallback,
     FTPCallback,
     L2SPCallback,
@@ -99,6 +100,11 @@ METHODS = {
         "L2SPCallback: {strength: 0.5}",
         reads_gradients=True,
         no_ball="L2-SP is a penalty: any distance is possible",
+    ),
+    "anchor decay": Method(
+        partial(AnchorDecayCallback, strength=0.5),
+        "AnchorDecayCallback: {strength: 0.5}",
+        no_ball="A decay towards the anchor bounds no distance",
     ),
     "WiSE-FT": Method(
         partial(WiSEFTCallback, alpha=0.5),
@@ -198,7 +204,7 @@ def users_rows(metrics_file: str) -> list[list[tuple[str, str]]]:
     return [row for row in rows if dict(row).keys() - {"step", "epoch"}]
 
 
-OWN_COLUMN = re.compile("(tpgm|ftp|digrap|spd|l2sp|wise_ft)(_radius|_distance|_omega)?/")
+OWN_COLUMN = re.compile("(tpgm|ftp|digrap|spd|l2sp|anchor_decay|wise_ft)(_radius|_distance|_omega)?/")
 
 
 def test_no_trace_of_hooks_after_the_fit(method: Method) -> None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import lightning_tpgm.layout
-from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, TPGMCallback
+from lightning_tpgm import AnchorDecayCallback, DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, TPGMCallback
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods import TPGM, Method, Step
 from toys import quiet_trainer
@@ -24,6 +24,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "digrap": DiGraPCallback,
     "spd": SPDCallback,
     "l2sp": L2SPCallback,
+    "anchor decay": AnchorDecayCallback,
 }
 
 

@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from distributed_worker import METHODS, RESUMED, RESUMED_METHODS, STEPS, STRATEGIES, cases, train
+from distributed_worker import METHODS, RESUMED, RESUMED_METHODS, STEPS, STRATEGIES, cases, cases_of_four, train
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the processes talk through gloo on Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the processes talk through gloo on Linux"),
+    pytest.mark.xdist_group("distributed"),  # its processes are started once
+]
 ON_TWO = sorted(name for name in cases(Path()) if not name.endswith("half"))
+ON_FOUR = sorted(name for name in cases_of_four(Path()) if not name.endswith("half"))
 Results = dict[str, dict[str, Any]]
 
 
@@ -28,8 +32,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[Results]:
-    """The results of both ranks; a deadlock ends in a time-out, with what the processes had printed."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return launch(folder, 2)
+
+
+@pytest.fixture(scope="module")
+def mesh(folder: Path) -> list[Results]:
+    return launch(folder, 4)
+
+
+def launch(folder: Path, count: int) -> list[Results]:
+    """The results of all ranks; a deadlock ends in a time-out, with what the processes had printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     root = Path(__file__).parent.parent
     environment = {
         **os.environ,
@@ -37,7 +50,7 @@ def ranks(folder: Path) -> list[Results]:
         "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
     }
     done = subprocess.run(
-        [*launch, str(root / "tests" / "distributed_worker.py"), str(folder)],
+        [*command, str(root / "tests" / "distributed_worker.py"), str(folder)],
         env=environment,
         cwd=folder,
         capture_output=True,
@@ -46,7 +59,7 @@ def ranks(folder: Path) -> list[Results]:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(folder / f"rank-{rank}-of-{count}.pt", weights_only=True) for rank in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +117,17 @@ def test_same_everywhere_checkpoints_are_portable(
 
 def test_every_method_and_strategy_is_covered() -> None:
     assert {f"{strategy}-{method}" for strategy in STRATEGIES for method in METHODS} <= set(ON_TWO)
+
+
+@pytest.mark.parametrize("case", ON_FOUR)
+def test_same_everywhere_a_mesh_of_two_dimensions_follows_one_process(
+    mesh: list[Results], single: Any, case: str
+) -> None:
+    """Tensor parallel, then FSDP2: tensors that are split twice; resumed runs, too; ranks are equal to the bit."""
+    first, *others = (results[case] for results in mesh)
+    for other in others:
+        for kind in ("weights", "anchor"):
+            assert all(torch.equal(first[kind][name], other[kind][name]) for name in first[kind])
+        assert repr(first["learned"]) == repr(other["learned"])
+    method = next(name for name in sorted(METHODS, key=len, reverse=True) if name in case)
+    assert_same(first, single(method=method))

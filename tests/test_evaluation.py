@@ -191,8 +191,10 @@ def test_error_of_the_step_itself_comes_through(tmp_path: Path) -> None:
     def fails(loss: Tensor) -> Tensor:
         raise RuntimeError("the user's own mistake")
 
-    with pytest.raises(RuntimeError, match="the user's own mistake"):
+    with pytest.raises(MisconfigurationException, match="the user's own mistake") as caught:
         fit(tmp_path, Returns(fails), TPGMCallback())
+    assert type(caught.value.__cause__) is RuntimeError
+    assert str(caught.value.__cause__) == "the user's own mistake"
 
 
 def test_error_of_the_gradient_itself_comes_through(tmp_path: Path) -> None:
@@ -205,8 +207,10 @@ def test_error_of_the_gradient_itself_comes_through(tmp_path: Path) -> None:
         def backward(ctx: Any, grad: Tensor) -> Tensor:
             raise RuntimeError("the user's own backward")
 
-    with pytest.raises(RuntimeError, match="the user's own backward"):
+    with pytest.raises(MisconfigurationException, match="the user's own backward") as caught:
         fit(tmp_path, Returns(Fails.apply), TPGMCallback())
+    assert type(caught.value.__cause__) is RuntimeError
+    assert str(caught.value.__cause__) == "the user's own backward"
 
 
 # --- not finite ---

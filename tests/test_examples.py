@@ -56,6 +56,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert max(radii(printed).values()) > 0.1
 
 
+@pytest.mark.slow
 def test_plain_loop(tmp_path: Path) -> None:
     """The robust loop knows the new digits as well, and MNIST far better."""
     printed = run("plain_loop.py", tmp_path)
@@ -65,6 +66,7 @@ def test_plain_loop(tmp_path: Path) -> None:
     assert robust_old > plain_old + 10
 
 
+@pytest.mark.slow
 def test_fabric_loop(tmp_path: Path) -> None:
     printed = run("fabric_loop.py", tmp_path)
     said = re.findall(r"^(epoch \d|farthest)", printed, flags=re.MULTILINE)

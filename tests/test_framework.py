@@ -10,6 +10,7 @@ import pytest
 
 import lightning_tpgm.callbacks.framework as framework
 
+pytestmark = pytest.mark.slow  # each case is a process of its own: what is imported first is what is tested
 PROJECT = """
 import sys
 {before}

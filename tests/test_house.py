@@ -25,7 +25,18 @@ MODULES = {
 
 # from the ground up; a module may import what stands on its own floor or below
 FLOORS = (
-    ("norms", "projection", "blocks", "layout", "sharding", "selection", "pretrained", "initialisation", "gradients"),
+    (
+        "norms",
+        "projection",
+        "blocks",
+        "layout",
+        "sharding",
+        "selection",
+        "pretrained",
+        "initialisation",
+        "gradients",
+        "optimizers",
+    ),
     ("anchors", "constrained"),
     ("methods",),
     ("steps",),

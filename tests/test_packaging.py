@@ -40,10 +40,9 @@ def declared() -> list[Requirement]:
     return [requirement for requirement in asked if requirement.name != DISTRIBUTION]
 
 
-@pytest.mark.parametrize("module", ["norms", "projection"])
-def test_tensor_functions_do_not_import_lightning(module: str) -> None:
-    loaded = modules_after(f"import lightning_tpgm.{module}")
-    assert f"lightning_tpgm.{module}" in loaded
+def test_methods_and_constrain_do_not_import_lightning() -> None:
+    loaded = modules_after("from lightning_tpgm import constrain, methods")
+    assert "lightning_tpgm.methods.tpgm" in loaded
     assert not {name for name in loaded if name.split(".")[0] in {"lightning", "pytorch_lightning", "torchmetrics"}}
 
 

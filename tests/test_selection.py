@@ -145,3 +145,13 @@ def test_module_without_parameters() -> None:
     assert constrainable(nn.Tanh()) == {}
     with pytest.raises(ValueError, match=r"`exclude` pattern 'head\.\*' matches no parameter\. The module has none\."):
         constrainable(nn.Tanh(), ["head.*"])
+
+
+def test_pattern_without_match_says_where_many_names_begin() -> None:
+    module = nn.ModuleDict(
+        {"backbone": nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))), "classifier": nn.Linear(2, 2)}
+    )
+    with pytest.raises(
+        ValueError, match=r"'zzz' matches no parameter\. Names begin with backbone \(8\), classifier \(2\)\.$"
+    ):
+        constrainable(module, ["zzz"])

@@ -14,7 +14,10 @@ import torch
 
 from zoo import assert_identical
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the processes talk through gloo on Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the processes talk through gloo on Linux"),
+    pytest.mark.slow,
+]
 ROOT = Path(__file__).parents[1]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing_extensions import Unpack, override
+from typing_extensions import Unpack
 
 from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.callbacks.shared import Shared
@@ -17,7 +17,7 @@ class AnchorDecayCallback(MethodCallback):
 
     Args:
         strength: lambda, as the ``weight_decay`` of ``torch.optim.AdamW``.
-        shared: The arguments of `MethodCallback`, by keyword.
+        shared: The arguments of all callbacks, by keyword.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing to constrain.
@@ -28,13 +28,9 @@ class AnchorDecayCallback(MethodCallback):
     AnchorDecayCallback(strength=0.1, exclude=('head.*',))
     """
 
+    _METHOD = AnchorDecay
     _KEY = "anchor_decay"
-    _SHOWN = ("strength", "exclude")
 
     def __init__(self, strength: float = 1e-2, **shared: Unpack[Shared]) -> None:
         self.strength = strength
         super().__init__(**shared)
-
-    @override
-    def make_method(self) -> AnchorDecay:
-        return AnchorDecay(self.strength)

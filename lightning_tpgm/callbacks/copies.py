@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from lightning_tpgm.constraint import Constraint
 
-# attributes of a running fit; the last two are Lightning's
-_RUNTIME = {"_logs", "_constraint", "_loaded", "_given", "_fitted", "_announced", "_saw_batch", "log", "log_dict"}
+# attributes of a running fit, and the functions that Lightning gives its callbacks
+_RUNTIME = {"log", "log_dict"} | {
+    "_logs",
+    "_constraint",
+    "_loaded",
+    "_given",
+    "_fitted",
+    "_announced",
+    "_saw_batch",
+    "_untouched",
+}
 
 
 class PlainCopies:
@@ -25,11 +35,12 @@ class PlainCopies:
     def __getstate__(self) -> dict[str, Any]:
         """The arguments, what a checkpoint would hold, and what was seen last."""
         arguments = {name: value for name, value in vars(self).items() if name not in _RUNTIME}
-        return {**arguments, "_state": self.state_dict(), "_last": dict(self._constraint.reporter.last)}
+        return {**arguments, "_state": self.state_dict(), "_last": dict(self._constraint.seen())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A callback that knows the same, and is in no fit."""
-        known, last = state["_state"], state["_last"]
+        # a deep copy, of tensors alone: a shallow one of the callback shares them with a fit that goes on
+        known, last = deepcopy((state["_state"], state["_last"]))
         vars(self).update({name: value for name, value in state.items() if name not in ("_state", "_last")})
         self._start_anew()
         if known:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from typing_extensions import Unpack, override
+from typing_extensions import Unpack
 
 from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.callbacks.shared import Shared
@@ -19,7 +19,7 @@ class DiGraPCallback(MethodCallback):
 
     Args:
         omega_lr: mu, the Adam learning rate of omega.
-        shared: The arguments of `MethodCallback`, by keyword.
+        shared: The arguments of all callbacks, by keyword.
 
     Raises:
         MisconfigurationException: As `L2SPCallback`.
@@ -31,16 +31,12 @@ class DiGraPCallback(MethodCallback):
     DiGraPCallback(omega_lr=0.01, exclude=('head.*',))
     """
 
+    _METHOD = DiGraP
     _KEY = "digrap"
-    _SHOWN = ("omega_lr", "exclude")
 
     def __init__(self, omega_lr: float = 1e-2, **shared: Unpack[Shared]) -> None:
         self.omega_lr = omega_lr
         super().__init__(**shared)
-
-    @override
-    def make_method(self) -> DiGraP:
-        return DiGraP(self.omega_lr)
 
     @property
     def omegas(self) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_tpgm.callbacks.framework import (
     MisconfigurationException,
+    is_overridden,
     is_param_in_hook_signature,
     pl,
     same_package,
@@ -19,9 +20,14 @@ from lightning_tpgm.callbacks.framework import (
 )
 from lightning_tpgm.callbacks.heldout import HeldOutBatch
 from lightning_tpgm.callbacks.isolation import isolated_generators, without_subclass
+from lightning_tpgm.callbacks.source import name_of
+from lightning_tpgm.callbacks.step_errors import Description, Evaluation, Step, explained
 from lightning_tpgm.gradients import LossGradient
+from lightning_tpgm.methods.method import check
 
 Loss = Literal["validation_step"] | Callable[[pl.LightningModule, Any], Any] | None  # Any: need not be annotated
+
+_ARGUMENTS = "(pl_module, batch) -> Tensor"
 
 
 class HeldOutLoss:
@@ -30,12 +36,19 @@ class HeldOutLoss:
     Args:
         loss: None for the module's ``training_step``, ``"validation_step"``, or a callable (pl_module, batch) ->
             Tensor.
+        eval_mode: Whether the module is in eval mode meanwhile; what errors say.
+
+    Attributes:
+        trained_on: What the last training batch was like, if that is known; what errors compare with.
     """
 
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
+    def __init__(self, loss: Loss, eval_mode: bool = True) -> None:
+        self.loss, self.eval_mode = loss, eval_mode
+        self.trained_on: Description | None = None
+        self._step: Step = (
+            "training_step" if loss is None else "validation_step" if loss == "validation_step" else "loss callable"
+        )
         self._gradient = LossGradient(attempt=isolated_generators)  # a second attempt draws the same random numbers
-        self._worked = False
 
     def __call__(
         self,
@@ -51,54 +64,63 @@ class HeldOutLoss:
             on it. If ``training_step`` returned None ("skip this batch"), all of them are None.
 
         Raises:
-            MisconfigurationException: If what came back is no scalar loss, or has no gradient.
+            MisconfigurationException: If what came back is no scalar loss, or has no gradient; or in place of whatever
+                the module raised, which is its cause.
         """
-        return self._gradient(
-            pl_module,
-            lambda: self._value(trainer, pl_module, drawn),
-            parameters,
-            lambda loss: _loss_scale(trainer, loss),
-        )
+        with explained(self._evaluation(drawn), gradient=True):
+            return self._gradient(
+                pl_module,
+                lambda: self._value(trainer, pl_module, drawn),
+                parameters,
+                lambda loss: _loss_scale(trainer, loss),
+                # the module's own may enter what its loss needs, as torch's loss_parallel()
+                pl_module.backward if is_overridden("backward", pl_module) else None,
+            )
+
+    def _evaluation(self, drawn: HeldOutBatch) -> Evaluation:
+        return Evaluation(self._step, self.eval_mode, drawn.batch, self.trained_on)
 
     def _value(self, trainer: pl.Trainer, pl_module: pl.LightningModule, drawn: HeldOutBatch) -> Tensor | None:
-        with _validating(trainer):
+        with explained(self._evaluation(drawn)), _validating(trainer):
             drawn = drawn._replace(batch=to_device(trainer, pl_module, drawn.batch, drawn.dataloader_idx))
-        with trainer.precision_plugin.train_step_context():
+        with explained(self._evaluation(drawn)), trainer.precision_plugin.train_step_context():
             if self.loss is None:
-                source, output = "training_step", self._training_step(pl_module, drawn)
+                output: Any = _run_step(pl_module.training_step, drawn)
             elif self.loss == "validation_step":
-                source, output = "validation_step", _run_step(pl_module.validation_step, drawn)
+                output = _run_step(pl_module.validation_step, drawn)
             else:
-                source, output = "loss callable", self.loss(pl_module, drawn.batch)
+                output = self.loss(pl_module, drawn.batch)
         if output is None and self.loss is None:
             return None
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise MisconfigurationException(
-                f"The {source} should return the loss to learn the radii from (a scalar tensor, or a dict with one"
+                f"The {self._step} should return the loss to learn the radii from (a scalar tensor, or a dict with one"
                 f" under 'loss'), found {_describe(output)}. Return it there, or pass another `loss`: None for the"
                 " training_step, 'validation_step', or a callable (pl_module, batch) -> Tensor."
             )
         if not loss.requires_grad:
             raise MisconfigurationException(
-                f"The held-out loss of the {source} has no gradient: it is detached, computed under torch.no_grad(), or"
-                " depends on no trainable parameter. Mend that, or pass another `loss`."
+                f"The held-out loss of the {self._step} has no gradient: it is detached, computed under"
+                " torch.no_grad(), or depends on no trainable parameter. Mend that, or pass another `loss`."
             )
         return without_subclass(loss).reshape(())
 
-    def _training_step(self, pl_module: pl.LightningModule, drawn: HeldOutBatch) -> Any:
-        try:
-            output = _run_step(pl_module.training_step, drawn)
-        except (TypeError, LookupError) as error:
-            if self._worked:
-                raise
-            raise MisconfigurationException(
-                f"The training_step failed on its first held-out batch, a {type(drawn.batch).__name__}: {error!r}."
-                " If training batches look different, pass `loss`: 'validation_step' or a callable (pl_module, batch)"
-                " -> Tensor; or a `dataloader` (or tpgm_dataloader()) whose batches look like them."
-            ) from error
-        self._worked = True
-        return output
+
+def check_loss(loss: object) -> None:
+    """Raise a ValueError or a TypeError about a `loss` that no fit could use."""
+    expected = f"None, 'validation_step' or a callable {_ARGUMENTS}"
+    check(loss is None or loss == "validation_step" or callable(loss), "loss", expected, loss)
+    if callable(loss):
+        with suppress(ValueError):  # some callables have no signature
+            signature = inspect.signature(loss)
+            try:
+                signature.bind("pl_module", "batch")
+            except TypeError as error:
+                raise TypeError(
+                    f"`loss` should be a callable {_ARGUMENTS}, found {name_of(loss)} with the arguments"
+                    f" {list(signature.parameters)}: {error}. Let it take the module and the batch."
+                ) from error
 
 
 @contextmanager

@@ -36,7 +36,9 @@ __all__ = [
     "Tqdm",
     "callbacks_of",
     "classes",
+    "comes_in_turn",
     "is_overridden",
+    "is_own_error",
     "is_param_in_hook_signature",
     "isolate_rng",
     "join_later_imports",
@@ -50,6 +52,7 @@ __all__ = [
     "starts_functions",
     "to_device",
     "uses_distributed_sampler",
+    "validation_loader",
     "validation_source",
     "with_progress_bar",
 ]
@@ -146,6 +149,12 @@ def is_overridden(method: str, pl_module: pl.LightningModule) -> bool:
     return bool(same_package(pl_module, "utilities.model_helpers:is_overridden")(method, pl_module))
 
 
+def is_own_error(error: Exception) -> bool:
+    """Whether it is one of Lightning's own, or of ours, which derive from them."""
+    origins = tuple(f"{package}." for package in ("lightning", "pytorch_lightning", "lightning_fabric"))
+    return any(f"{base.__module__}.".startswith(origins) for base in type(error).__mro__)
+
+
 def with_progress_bar(trainer: pl.Trainer, steps: range, text: str) -> Any:
     """The steps, shown as the trainer shows its own; silently if it shows none."""
     bar = trainer.progress_bar_callback
@@ -165,6 +174,19 @@ def validation_source(trainer: pl.Trainer) -> Any:
     `trainer.val_dataloaders` is None when validation is switched off.
     """
     return trainer.fit_loop.epoch_loop.val_loop._data_source
+
+
+def validation_loader(trainer: pl.Trainer) -> CombinedLoader | None:
+    """What validation iterates over, with its mode; None before its loaders are made, or when it is switched off.
+
+    `trainer.val_dataloaders` has only the loaders in it: whether they come in turn or together is lost there.
+    """
+    return trainer.fit_loop.epoch_loop.val_loop._combined_loader
+
+
+def comes_in_turn(loader: CombinedLoader) -> bool:
+    """Whether it gives the batches of one loader after the other, and not those of all together."""
+    return loader._mode == "sequential"
 
 
 def uses_distributed_sampler(trainer: pl.Trainer) -> bool:

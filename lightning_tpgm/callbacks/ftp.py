@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing_extensions import Unpack, override
+from typing_extensions import Unpack
 
 from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.callbacks.radii import WithRadii
@@ -26,7 +26,7 @@ class FTPCallback(WithRadii, MethodCallback):
         radius_lr: Adam learning rate of the radii.
         norm: ``"mars"`` or ``"l2"``, as in `TPGMCallback`.
         compile: Whether the tensor work is fused by ``torch.compile``, as in `TPGMCallback`.
-        shared: The arguments of `MethodCallback`, by keyword.
+        shared: The arguments of all callbacks, by keyword.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
@@ -38,8 +38,8 @@ class FTPCallback(WithRadii, MethodCallback):
     FTPCallback(k=0.5, radius_lr=0.01, norm='mars', exclude=('head.*',))
     """
 
+    _METHOD = FTP
     _KEY = "ftp"
-    _SHOWN = ("k", "radius_lr", "norm", "exclude")
 
     def __init__(
         self,
@@ -54,7 +54,3 @@ class FTPCallback(WithRadii, MethodCallback):
             check(isinstance(compile, bool), "compile", "True or False", compile)
         self.k, self.radius_lr, self.norm, self.compile = k, radius_lr, norm, compile
         super().__init__(**shared)
-
-    @override
-    def make_method(self) -> FTP:
-        return FTP(self.k, self.radius_lr, self.norm)

@@ -18,7 +18,8 @@ from lightning_tpgm.callbacks.framework import (
     rank_zero_info,
     uses_distributed_sampler,
 )
-from lightning_tpgm.callbacks.loaders import Source, default_loaders, is_combined, rebuild_loader, resolve_loader
+from lightning_tpgm.callbacks.loaders import default_loaders, is_combined, own_loader, parts, rebuild_loader
+from lightning_tpgm.callbacks.source import Source, resolve_loader
 
 
 class HeldOutBatch(NamedTuple):
@@ -37,7 +38,7 @@ class HeldOutBatches:
     numpy and python with ``seed`` + number of draws: a shuffling loader or a random transform then depends on nothing
     but ``seed``, and a resumed run draws what an uninterrupted one would have drawn. Generators that a loader or its
     sampler brings along are seeded likewise, and put back after the draw. Call `draw` where the states of the global
-    ones are isolated.
+    ones are isolated. A batch that is None is passed over, as in Lightning's training.
 
     Not covered are random transforms in workers that persist: their generators go on from pass to pass.
 
@@ -63,6 +64,12 @@ class HeldOutBatches:
         if self._iterator is None:
             self._iterator = _one_pass(self.loaders, self.passes)
             # the state may be that of an interrupted run: go to its position by drawing again what it drew
+            if self.position and any(_length(part) is None for loader in self.loaders for part in parts(loader)):
+                rank_zero_info(
+                    f"To go on where the run was, {self.position} held-out batches are drawn again: their stream has no"
+                    " length and is read from its beginning. If that takes long, pass a `dataloader` whose passes end"
+                    " sooner."
+                )
             position, self.drawn, self.position = self.position, self.drawn - self.position, 0
             for _ in range(position):
                 self._draw_from(self._iterator)
@@ -99,14 +106,16 @@ class HeldOutBatches:
 def _one_pass(loaders: list[Iterable[Any]], passes: int) -> Iterator[HeldOutBatch]:
     """All batches once; no method, since a cycle of references would keep workers alive until a garbage collection."""
     for dataloader_idx, loader in enumerate(loaders):
-        sampler = getattr(loader, "sampler", None)
-        if isinstance(sampler, DistributedSampler):
-            sampler.set_epoch(passes)
-        if is_combined(loader):  # gives all three already
-            yield from map(HeldOutBatch._make, loader)
+        for part in parts(loader):
+            sampler = getattr(part, "sampler", None)
+            if isinstance(sampler, DistributedSampler):
+                sampler.set_epoch(passes)
+        if is_combined(loader):
+            drawn: Iterable[Any] = loader  # gives all three already
         else:
-            for batch_idx, batch in enumerate(islice(loader, _length(loader))):
-                yield HeldOutBatch(batch, batch_idx, dataloader_idx)
+            batches = enumerate(islice(loader, _length(loader)))
+            drawn = ((batch, batch_idx, dataloader_idx) for batch_idx, batch in batches)
+        yield from (HeldOutBatch(*one) for one in drawn if one[0] is not None)
 
 
 def _length(loader: Iterable[Any]) -> int | None:
@@ -118,7 +127,11 @@ def _length(loader: Iterable[Any]) -> int | None:
 
 
 def held_out_batches(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source, state: dict[str, int] | None = None
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    source: Source,
+    state: dict[str, int] | None = None,
+    announce: bool = True,
 ) -> HeldOutBatches:
     """The batches that a callback draws, from what the user passed as ``dataloader``; says which data it uses.
 
@@ -127,6 +140,7 @@ def held_out_batches(
         pl_module: The module.
         source: A loader, a function that returns one, the import path of either; None: see `default_loaders`.
         state: What `HeldOutBatches.state_dict` gave, to go on from there.
+        announce: Whether to say which data it uses.
 
     Raises:
         MisconfigurationException: If the source leads to no loader.
@@ -140,8 +154,9 @@ def held_out_batches(
     if source is None or (replicas["num_replicas"] > 1 and uses_distributed_sampler(trainer)):
         shuffle = True if source is None else None
         loaders = [rebuild_loader(loader, shuffle=shuffle, seed=seed, **replicas) for loader in loaders]
-    rank_zero_info(f"The radii are learned on {described}.")
-    batches = HeldOutBatches(loaders, seed)
+    if announce:
+        rank_zero_info(f"The radii are learned on {described}.")
+    batches = HeldOutBatches([own_loader(loader) for loader in loaders], seed)
     if state is not None:
         batches.load_state_dict(state)
     return batches
@@ -153,7 +168,8 @@ def _seeded(seed: int, loaders: list[Iterable[Any]]) -> Iterator[None]:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    found = [getattr(owner, "generator", None) for loader in loaders for owner in _with_samplers(loader)]
+    owners = [owner for loader in loaders for part in parts(loader) for owner in _with_samplers(part)]
+    found = [getattr(owner, "generator", None) for owner in owners]
     generators = {id(generator): generator for generator in found if isinstance(generator, torch.Generator)}
     states = [(generator, generator.get_state()) for generator in generators.values()]
     try:

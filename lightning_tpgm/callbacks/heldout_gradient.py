@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_tpgm.callbacks.evaluation import HeldOutLoss, Loss
-from lightning_tpgm.callbacks.framework import pl
+from lightning_tpgm.callbacks.framework import CombinedLoader, pl, validation_loader
 from lightning_tpgm.callbacks.heldout import HeldOutBatches, held_out_batches
-from lightning_tpgm.callbacks.isolation import no_trace
-from lightning_tpgm.callbacks.loaders import Source
+from lightning_tpgm.callbacks.isolation import Isolation
 from lightning_tpgm.callbacks.overlap import warn_of_shared_examples
+from lightning_tpgm.callbacks.source import Source
+from lightning_tpgm.callbacks.step_errors import described
 from lightning_tpgm.sharding import mean_over_processes
 
 
@@ -22,25 +25,37 @@ class HeldOutGradient:
     Args:
         source: Where the batches come from.
         loss: What is evaluated.
+        eval_mode: Whether in eval mode; else every module is in the mode that it is in already.
     """
 
-    def __init__(self, source: Source, loss: Loss) -> None:
+    def __init__(self, source: Source, loss: Loss, eval_mode: bool = True) -> None:
         self._source = source
-        self._loss = HeldOutLoss(loss)
+        self._loss = HeldOutLoss(loss, eval_mode)
         self._fit: tuple[pl.Trainer, pl.LightningModule] | None = None
         self._batches: HeldOutBatches | None = None
+        self._isolation = Isolation()
+        self._validation: CombinedLoader | None = None  # the trainer's, when the batches were last drawn
+        self._recurrent: list[nn.RNNBase] = []  # parts of the module
+        self._announced = False  # in this fit, which data they are
         self._state: dict[str, int] = {}  # where the batches are, or will begin
 
     def attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A fit begins. In a fresh one the order of the data is settled now; its loader is made when it is needed."""
-        self._fit = trainer, pl_module
+        self._fit, self._announced = (trainer, pl_module), False
+        self._recurrent = [module for module in pl_module.modules() if isinstance(module, nn.RNNBase)]
         if not self._state:
             seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
             self._state = {"seed": seed, "drawn": 0, "passes": 0, "position": 0}
 
     def close(self) -> None:
         """End the loader's workers, and let go of trainer and module; the position stays."""
-        self._state, self._batches, self._fit = self.state_dict(), None, None
+        self._state, self._batches, self._fit, self._validation = self.state_dict(), None, None, None
+        self._recurrent = []
+        self._isolation = Isolation()
+
+    def saw(self, batch: Any) -> None:
+        """Remember what a training batch looks like, for errors to compare with."""
+        self._loss.trained_on = described(batch)
 
     @property
     def processes(self) -> int:
@@ -52,11 +67,36 @@ class HeldOutGradient:
         if self._fit is None:
             raise RuntimeError("The held-out loss can be evaluated during a fit only.")
         trainer, pl_module = self._fit
-        with no_trace(trainer, pl_module):
+        isolated = self._isolation.no_trace(trainer, pl_module, parameters)
+        with self._modes(isolated, pl_module):
+            self._follow_reloaded(trainer)
             if self._batches is None:
-                self._batches = held_out_batches(trainer, pl_module, self._source, self._state)
-                warn_of_shared_examples(trainer, self._batches.loaders)
+                first, self._announced = not self._announced, True
+                self._batches = held_out_batches(trainer, pl_module, self._source, self._state, announce=first)
+                if first:
+                    warn_of_shared_examples(trainer, self._batches.loaders)
             return self._loss(trainer, pl_module, self._batches.draw(), parameters)
+
+    @contextmanager
+    def _modes(self, isolated: AbstractContextManager[None], pl_module: pl.LightningModule) -> Iterator[None]:
+        """Isolated, and in the modes of before, or in eval mode but for what has no gradient there."""
+        kept = [] if self._loss.eval_mode else [(module, module.training) for module in pl_module.modules()]
+        with isolated:
+            for module, training in kept:
+                module.training = training
+            for recurrent in self._recurrent:
+                if not recurrent.training and self._loss.eval_mode:
+                    recurrent.training, recurrent.dropout = True, 0.0  # the same values; cuDNN can go back through it
+            yield
+
+    def _follow_reloaded(self, trainer: pl.Trainer) -> None:
+        """Where the trainer reloads its loaders every n epochs, a pass over the new ones begins as soon as it has."""
+        loader = validation_loader(trainer)
+        reloads = trainer.reload_dataloaders_every_n_epochs and self._source is None  # type: ignore[attr-defined]
+        if reloads and self._batches is not None and loader is not self._validation:
+            state = self._batches.state_dict()
+            self._state, self._batches = {**state, "passes": state["passes"] + 1, "position": 0}, None
+        self._validation = loader
 
     def mean(self, vector: Tensor) -> Tensor:
         """See `lightning_tpgm.methods.held_out.HeldOut`."""

@@ -2,59 +2,143 @@
 
 from __future__ import annotations
 
-import random
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
-from operator import is_
-from types import FunctionType, MethodType, ModuleType
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from time import perf_counter
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torchmetrics import Metric
 
-from lightning_tpgm.callbacks.framework import DummyLogger, classes, is_overridden, isolate_rng, pl, results_put_aside
+from lightning_tpgm.callbacks.framework import is_overridden, isolate_rng, pl, rank_zero_warn
+from lightning_tpgm.callbacks.memory import ATOMS, Memory, same_items
+from lightning_tpgm.callbacks.silence import silent
+from lightning_tpgm.callbacks.structure import Structure
+from lightning_tpgm.callbacks.weights import Known, Weights, without_subclass
+
+__all__ = ["Isolation", "isolated_generators", "no_trace", "without_subclass"]
+
+_COSTLY = 5e-3  # seconds
 
 
-@contextmanager
-def no_trace(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Everything that running the module's step changes is put back on exit, also when it raises.
+class Isolation:
+    """Evaluates a module without leaving a trace, and remembers from one evaluation to the next what that takes.
 
-    Inside, metrics are empty and every module is in eval mode, or in the mode that ``on_validation_model_eval`` of the
-    LightningModule gives it. Put back are: the generators of torch, numpy and python; the train / eval flag, buffers
-    and attributes of every module (numbers, tensors, arrays, containers at any depth, generators, and the attributes of
-    objects that hang on a module), and with them the states of metrics; nothing reaches `self.log` or the loggers. The
-    module's parameters are the caller's business.
+    Put back are: the generators of torch, numpy and python; the train / eval flag, buffers and attributes of every
+    module (numbers, tensors, arrays, containers at any depth, generators, and the attributes of objects that hang on a
+    module), and with them the states of metrics; parameters that the step itself changes, such as a teacher's; nothing
+    reaches `self.log` or the loggers. The parameters whose gradient is asked for are the caller's business.
 
-    Not put back: what the step does to the outside world (files, printed text, its own threads) and tensors inside
-    containers that are changed in place.
+    Not put back: what the step does to the outside world (files, printed text, its own threads), what is opaque
+    (objects of the standard library that are no containers, arrays in files, sparse tensors), and, of containers with
+    more than a thousand entries and of large arrays that the first evaluation left alone, all but what is appended.
     """
-    with ExitStack() as stack:
-        stack.enter_context(isolated_generators())
-        stack.enter_context(_silent(trainer, pl_module))
-        stack.enter_context(_unchanged(pl_module))
-        for module in pl_module.modules():
-            module.training = False  # not eval(): adapters that merge themselves there would change frozen weights
-            if isinstance(module, Metric):
-                module.reset()
-        if is_overridden("on_validation_model_eval", pl_module):  # it knows what stays in train mode
-            wrapper = trainer.model  # Lightning's own version of the hook switches this one
-            if wrapper is not None:
-                stack.callback(setattr, wrapper, "training", wrapper.training)
-            pl_module.on_validation_model_eval()
-        yield
+
+    def __init__(self) -> None:
+        self._weights = Weights()
+        self._arrays = Known()
+        self._structures: dict[int, tuple[nn.Module, Structure]] = {}
+        self._sources: list[list[Tensor]] = []  # what the following three were found in
+        self._evaluated: list[Tensor] = []
+        self._fixed: list[Tensor] = []
+        self._settled: set[int] = set()
+        self._costly: dict[int, int] = {}  # how many times in a row, by the value's id
+        self._evaluations = 0
+
+    @contextmanager
+    def no_trace(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, evaluated: Sequence[Tensor] = ()
+    ) -> Iterator[None]:
+        """Everything that running the module's step changes is put back on exit, also when it raises.
+
+        Inside, metrics are empty and every module is in eval mode, or in the mode that ``on_validation_model_eval`` of
+        the LightningModule gives it.
+
+        Args:
+            trainer: Its loggers are silent inside.
+            pl_module: The module.
+            evaluated: Parameters that are left alone.
+
+        Raises:
+            MisconfigurationException: If something changed that cannot be put back.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(isolated_generators())
+            structure = self._structure(pl_module)
+            self._keep(pl_module, structure, evaluated, stack)
+            stack.enter_context(silent(trainer, structure.loggable))
+            stack.callback(setattr, trainer, "should_stop", trainer.should_stop)
+            stack.enter_context(structure.evaluating())
+            for metric in structure.metrics:
+                metric.reset()
+            if is_overridden("on_validation_model_eval", pl_module):  # it knows what stays in train mode
+                wrapper = trainer.model  # Lightning's own version of the hook switches this one
+                if wrapper is not None:
+                    stack.callback(setattr, wrapper, "training", wrapper.training)
+                pl_module.on_validation_model_eval()
+            yield
+
+    def _keep(self, root: nn.Module, structure: Structure, evaluated: Sequence[Tensor], stack: ExitStack) -> None:
+        """Remember a module and all that hangs on it until the stack unwinds."""
+        memory = Memory(self._arrays)
+        stack.callback(memory.restore)
+        structures, sources = [structure], []
+        loose: dict[int, Tensor] = {}
+        for structure in structures:  # grows by modules that are hidden in attributes
+            values = structure.values()
+            stack.enter_context(structure.unchanged(values))
+            for value in [value for value in values if type(value) not in ATOMS]:
+                self._keep_value(value, memory, structure)
+            for key in [*memory.hidden]:
+                hidden = memory.hidden.pop(key)
+                if not any(key in known.ids for known in structures):
+                    structures.append(self._structure(hidden))
+            fixed, buffers = structure.tensors()
+            sources.append(fixed)
+            loose.update((id(tensor), tensor) for tensor in buffers)
+        if len(self._structures) > len(structures):  # of modules that are gone
+            self._structures = {k: known for k, known in self._structures.items() if known[1] in structures}
+        loose.update(memory.tensors)
+        self._sort(sources, evaluated)
+        others = [tensor for key, tensor in loose.items() if key not in self._settled]
+        stack.enter_context(self._weights.unchanged(self._fixed, others, lambda tensor: _name(root, tensor)))
+        self._evaluations += 1
+
+    def _sort(self, sources: list[list[Tensor]], evaluated: Sequence[Tensor]) -> None:
+        """Find the fixed tensors that are not evaluated, unless all is as it was the last time."""
+        if same_items(sources, self._sources) and same_items(evaluated, self._evaluated):
+            return
+        self._sources, self._evaluated = sources, list(evaluated)
+        fixed = {id(tensor): tensor for tensors in sources for tensor in tensors}
+        own = {*map(id, evaluated)}
+        self._settled = {*fixed, *own}
+        self._fixed = [tensor for key, tensor in fixed.items() if key not in own]
+
+    def _structure(self, module: nn.Module) -> Structure:
+        root, structure = self._structures.get(id(module), (None, None))
+        if structure is None or root is not module or not structure.is_current():
+            structure = Structure(module)
+            self._structures[id(module)] = module, structure
+        return structure
+
+    def _keep_value(self, value: Any, memory: Memory, structure: Structure) -> None:
+        start = perf_counter()
+        memory.keep(value)
+        seconds = perf_counter() - start
+        if seconds < _COSTLY:
+            self._costly.pop(id(value), None)
+        elif self._evaluations:  # the first one finds out what changes
+            times = self._costly[id(value)] = self._costly.get(id(value), 0) + 1
+            if times == 3:  # it is not the machine that was busy
+                rank_zero_warn(
+                    f"Each evaluation of the held-out loss takes {seconds * 1e3:.0f} ms to remember"
+                    f" {structure.owner_of(value)}, which the step may change. Keep it outside of the module, or"
+                    " evaluate less often (`every_n_steps`)."
+                )
 
 
-def without_subclass(tensor: Tensor) -> Tensor:
-    """The same elements as an ordinary tensor, for libraries whose tensors have methods or metadata of their own.
-
-    Tensors that are made of others (DTensor) stay what they are: they have no elements of their own.
-    """
-    ordinary = type(tensor) is Tensor or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return tensor if ordinary else tensor.as_subclass(Tensor)
+def no_trace(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[None]:
+    """A single evaluation that leaves no trace, see `Isolation`."""
+    return Isolation().no_trace(trainer, pl_module)
 
 
 @contextmanager
@@ -68,178 +152,9 @@ def isolated_generators() -> Iterator[None]:
         isolation.__exit__(None, None, None)
 
 
-@contextmanager
-def _silent(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Nothing is logged: neither through `self.log` of the module and its parts nor through the loggers."""
-    loggable = classes("core:LightningModule")
-    modules = [module for module in pl_module.modules() if isinstance(module, loggable)]
-    own: list[dict[str, Any]] = [{k: vars(m)[k] for k in ("log", "log_dict") if k in vars(m)} for m in modules]
-    loggers = trainer.loggers
-    try:
-        trainer.loggers = [DummyLogger() for _ in loggers]
-        for module in modules:
-            vars(module).update(log=_ignore, log_dict=_ignore)
-        with results_put_aside(trainer):
-            yield
-    finally:
-        for module, names in zip(modules, own, strict=True):
-            for name in ("log", "log_dict"):
-                vars(module).pop(name, None)
-            vars(module).update(names)
-        trainer.loggers = loggers
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    pass
-
-
-@contextmanager
-def _unchanged(root: nn.Module) -> Iterator[None]:
-    """Flags, buffers and attributes of all modules are as before on exit."""
-    modules = list(root.modules())
-    flags = [module.training for module in modules]
-    memory = _Memory()
-    for module in modules:
-        memory.keep_module(module)
-    try:
-        yield
-    finally:
-        memory.restore()
-        for module, training in zip(modules, flags, strict=True):
-            if module.training != training:
-                module.training = training
-
-
-class _Memory:
-    """Remembers values so that each can be restored *in place*: whoever else holds them sees them restored too."""
-
-    _MODULE_STATE = frozenset(vars(nn.Module())) - {"_buffers"}  # torch's own bookkeeping
-    _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
-    _OPAQUE = (
-        *(Tensor, np.ndarray, type, ModuleType, FunctionType, MethodType),
-        *(torch.utils.data.Dataset, torch.utils.data.DataLoader),
-    )
-    _FOREIGN = frozenset(
-        {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy", "lightning_tpgm"}
-    )
-
-    def __init__(self) -> None:
-        lightning = ("trainer:Trainer", "core:LightningDataModule", "callbacks:Callback")
-        self._opaque = (*self._OPAQUE, *(found for name in lightning for found in classes(name)))
-        self._undo: list[Callable[[], None]] = []
-        self._seen: dict[int, Any] = {}
-
-    def restore(self) -> None:
-        """Undo everything, also what comes after an undo that raises."""
-        with ExitStack() as stack:  # last in, first out
-            for undo in self._undo:
-                stack.callback(undo)
-
-    def keep_module(self, module: nn.Module) -> None:
-        if id(module) in self._seen:
-            return
-        self._seen[id(module)] = module
-        for buffer in module.buffers(recurse=False):
-            self._keep_array(buffer)
-        if isinstance(module, torch.jit.ScriptModule):
-            return  # its attributes live in TorchScript
-        self._keep_mapping(vars(module))
-        for name, value in vars(module).items():
-            if name not in self._MODULE_STATE and type(value) not in self._ATOMS:
-                self._keep_array(value)
-                self._keep(value)
-
-    def _keep(self, value: Any, inside_object: bool = False) -> None:
-        """Remember what a container or object holds; tensors and arrays in it by reference only."""
-        if id(value) in self._seen or isinstance(value, self._opaque):
-            return
-        if isinstance(value, nn.Module):  # one that is hidden in a container
-            for module in value.modules():
-                self.keep_module(module)
-            return
-        self._seen[id(value)] = value
-        parts: Any = ()
-        if isinstance(value, dict):  # not every mapping: reading or writing others may do more than that
-            self._keep_mapping(value)
-            parts = value.values()
-        elif isinstance(value, list | deque):
-            self._keep_items(value, value.extend)
-            parts = value
-        elif isinstance(value, tuple):
-            parts = value
-        elif isinstance(value, set):
-            self._keep_items(value, value.update)
-        elif isinstance(value, torch.Generator):
-            self._later(value.set_state, value.get_state())
-        elif isinstance(value, random.Random):
-            self._later(value.setstate, value.getstate())
-        elif isinstance(value, np.random.Generator):
-            self._later(lambda state: setattr(value.bit_generator, "state", state), value.bit_generator.state)
-        elif isinstance(value, np.random.RandomState):
-            self._later(value.set_state, value.get_state())
-        elif not inside_object and self._is_users_object(value):
-            self._keep_mapping(vars(value))
-            parts, inside_object = vars(value).values(), True
-            for part in parts:
-                self._keep_array(part)
-        if not set(map(type, parts)) <= self._ATOMS:
-            for part in parts:
-                if type(part) not in self._ATOMS:
-                    self._keep(part, inside_object)
-
-    def _is_users_object(self, value: Any) -> bool:
-        package = type(value).__module__.partition(".")[0]
-        return hasattr(value, "__dict__") and package not in self._FOREIGN
-
-    def _later(self, undo: Callable[[Any], Any], argument: Any) -> None:
-        self._undo.append(lambda: undo(argument))
-
-    def _keep_array(self, value: Any) -> None:
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
-            value = _own_elements(without_subclass(value))
-            copy = value.detach().clone()
-            # a graph of the training step that is still in use finds the version that it saw
-            version = _unsafe_preserve_version_counter(value)
-
-            def undo() -> None:  # whatever the version says: BatchNorm does not count its changes there
-                with version, torch.no_grad():
-                    value.copy_(copy)
-
-            self._undo.append(undo)
-        elif isinstance(value, np.ndarray):
-            self._later(lambda kept: np.copyto(value, kept), value.copy())
-
-    def _keep_mapping(self, value: MutableMapping[Any, Any]) -> None:
-        kept = dict(value)
-
-        def undo() -> None:
-            if not _same_items(value, kept):  # also the order: names of buffers and metrics
-                value.clear()
-                value.update(kept)
-            elif not _same_items(value.values(), kept.values()):
-                for key, item in kept.items():
-                    value[key] = item
-
-        self._undo.append(undo)
-
-    def _keep_items(self, value: list[Any] | deque[Any] | set[Any], refill: Callable[[list[Any]], None]) -> None:
-        kept = list(value)
-
-        def undo() -> None:
-            if not _same_items(value, kept):
-                value.clear()
-                refill(kept)
-
-        self._undo.append(undo)
-
-
-def _same_items(a: Collection[Any], b: Collection[Any]) -> bool:
-    return len(a) == len(b) and all(map(is_, a, b))
-
-
-def _own_elements(tensor: Tensor) -> Tensor:
-    """The elements of a tensor that have memory of their own: an expanded dimension has one."""
-    for dim, (size, stride) in enumerate(zip(tensor.size(), tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
+def _name(root: nn.Module, tensor: Tensor) -> str:
+    for named in (root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False)):
+        for name, found in named:
+            if found is tensor:
+                return repr(name)
+    return f"a tensor of shape {tuple(tensor.shape)} that hangs on the module"

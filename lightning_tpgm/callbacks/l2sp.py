@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing_extensions import Unpack, override
+from typing_extensions import Unpack
 
 from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.callbacks.shared import Shared
@@ -17,7 +17,7 @@ class L2SPCallback(MethodCallback):
 
     Args:
         strength: lambda, the weight of the penalty.
-        shared: The arguments of `MethodCallback`, by keyword.
+        shared: The arguments of all callbacks, by keyword.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
@@ -30,13 +30,9 @@ class L2SPCallback(MethodCallback):
     L2SPCallback(strength=0.1, exclude=('head.*',))
     """
 
+    _METHOD = L2SP
     _KEY = "l2sp"
-    _SHOWN = ("strength", "exclude")
 
     def __init__(self, strength: float = 1e-2, **shared: Unpack[Shared]) -> None:
         self.strength = strength
         super().__init__(**shared)
-
-    @override
-    def make_method(self) -> L2SP:
-        return L2SP(self.strength)

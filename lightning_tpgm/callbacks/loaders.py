@@ -1,10 +1,10 @@
-"""Where held-out data come from, and loaders that are a process's share of them."""
+"""The loaders of held-out data: by default the validation's, and as one process's share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from pkgutil import resolve_name
-from typing import Any
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
@@ -13,11 +13,11 @@ from lightning_tpgm.callbacks.framework import (
     CombinedLoader,
     MisconfigurationException,
     classes,
+    comes_in_turn,
     pl,
+    validation_loader,
     validation_source,
 )
-
-Source = Iterable[Any] | Callable[[], Iterable[Any]] | str | None
 
 
 def has_default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
@@ -36,26 +36,63 @@ def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
     """
     hook = _tpgm_hook(trainer, pl_module)
     if hook is not None:
-        described, found = f"tpgm_dataloader() of {type(hook.__self__).__name__}", flat(hook())
-        for loader in found:
+        described, own = f"tpgm_dataloader() of {type(hook.__self__).__name__}", flat(hook())
+        for loader in own:
             if not isinstance(loader, Iterable):
                 raise MisconfigurationException(
                     f"{described} should return a loader, or a collection of them, found {type(loader).__name__}."
                 )
-        return found, described
+        return own, described
     loaders = trainer.val_dataloaders
     if loaders is None:  # validation is switched off
         loaders = validation_source(trainer).dataloader()
+    elif isinstance(loaders, Mapping | Sequence):
+        loaders = validation_loader(trainer)  # the same, with its mode
+    found = [] if loaders is None else flat(loaders)
+    if all(isinstance(loader, list | tuple | dict) and not loader for loader in found):  # to Lightning [] is a loader
+        why = "val_dataloader() gave None" if loaders is None else "there is no validation loader"
+        raise MisconfigurationException(
+            f"TPGMCallback found no held-out data to learn the radii from: {why}, so the held-out loader gave no batch:"
+            " it is empty. Pass `dataloader`, or define tpgm_dataloader() or val_dataloader() in the datamodule or the"
+            " module."
+        )
     described = (
         "the validation data. Choosing radii and checkpoints on the same data makes the validation score optimistic; to"
         " keep them apart pass `dataloader` or define tpgm_dataloader()"
     )
-    return flat(loaders), described
+    return found, described
 
 
 def flat(loaders: Any) -> list[Any]:
-    """The loaders of any collection; a CombinedLoader is one."""
-    return [loaders] if is_combined(loaders) else CombinedLoader(loaders).flattened
+    """The loaders of any collection; a CombinedLoader that takes a batch from each at a time is one."""
+    if is_combined(loaders):
+        return list(loaders.flattened) if comes_in_turn(loaders) else [loaders]
+    return CombinedLoader(loaders).flattened
+
+
+def parts(loader: Any) -> list[Any]:
+    """The loaders in a CombinedLoader; any other is its only part."""
+    return list(loader.flattened) if is_combined(loader) else [loader]
+
+
+def own_loader(loader: Iterable[Any]) -> Iterable[Any]:
+    """A loader that nobody else begins anew while it is in use.
+
+    There is one iterator of a CombinedLoader, and one of a DataLoader whose workers persist; validation uses the same
+    loaders. Workers do not persist here: the state of their random generators would be lost on resume.
+    """
+    if is_combined(loader):
+        return _combined_of([own_loader(part) for part in parts(loader)], loader)
+    if isinstance(loader, DataLoader) and loader.persistent_workers:
+        loader = copy.copy(loader)
+        vars(loader).update(_iterator=None, persistent_workers=False)
+    return loader
+
+
+def _combined_of(loaders: list[Iterable[Any]], like: Any) -> Iterable[Any]:
+    own: Any = copy.copy(like)
+    own.flattened, own.limits, own._iterator = loaders, None, None
+    return cast(Iterable[Any], own)
 
 
 def is_combined(loader: object) -> bool:
@@ -71,30 +108,6 @@ def _tpgm_hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
     return None
 
 
-def resolve_loader(dataloader: Iterable[Any] | Callable[[], Iterable[Any]] | str) -> Iterable[Any]:
-    """The loader itself from a loader, a function that makes one, or the import path of either.
-
-    Raises:
-        MisconfigurationException: If the import path leads nowhere or the result cannot be iterated.
-    """
-    found: Any = dataloader
-    if isinstance(found, str):
-        try:
-            found = resolve_name(found)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise MisconfigurationException(
-                f"`dataloader` import path {dataloader!r} leads nowhere: {error}. It should look like"
-                " 'my_project.data:held_out'."
-            ) from error
-    if callable(found) and not isinstance(found, Iterable):
-        found = found()
-    if not isinstance(found, Iterable):
-        raise MisconfigurationException(
-            f"`dataloader` should give an iterable of batches, found {type(found).__name__} from {dataloader!r}."
-        )
-    return found
-
-
 def rebuild_loader(
     loader: Iterable[Any], *, shuffle: bool | None, seed: int, num_replicas: int, rank: int
 ) -> Iterable[Any]:
@@ -102,7 +115,8 @@ def rebuild_loader(
 
     Batch size, collate function and worker settings stay. A loader whose order is its own affair (an iterable data set,
     a custom sampler or batch sampler, a DataLoader with an ``__iter__`` of its own, something that is no DataLoader) is
-    returned as it is: then every process draws from all of it.
+    returned as it is: then every process draws from all of it. Of a CombinedLoader the parts are rebuilt, each in the
+    same order if they are equally long.
 
     Args:
         loader: Any iterable of batches.
@@ -111,6 +125,9 @@ def rebuild_loader(
         num_replicas: Number of processes.
         rank: Index of this process.
     """
+    if is_combined(loader):
+        settings: Any = {"shuffle": shuffle, "seed": seed, "num_replicas": num_replicas, "rank": rank}
+        return _combined_of([rebuild_loader(part, **settings) for part in parts(loader)], loader)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
     plain_loader = type(loader).__iter__ is DataLoader.__iter__

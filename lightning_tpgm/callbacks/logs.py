@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_tpgm.callbacks.framework import callbacks_of, logging_step, pl
+from lightning_tpgm.callbacks.framework import callbacks_of, is_overridden, logging_step, pl, same_package
 from lightning_tpgm.observing.reporter import Quantities, Reporter
 from lightning_tpgm.observing.reporting import in_short
 
@@ -37,7 +39,13 @@ class Logs:
         """Log scalars as the module's own, while that is allowed."""
         name = self.name_in(trainer)
         named = {f"{name}/{key}": value for key, value in values.items()}
-        pl_module.log_dict(named, prog_bar=prog_bar, logger=self.log != "none" and bool(trainer.loggers))
+        logger = self.log != "none" and bool(trainer.loggers)
+        if not is_overridden("log", pl_module) and not is_overridden("log_dict", pl_module):
+            pl_module.log_dict(named, prog_bar=prog_bar, logger=logger)
+            return
+        log = pl_module.log if _takes_our_arguments(pl_module.log) else partial(_lightnings_log(pl_module), pl_module)
+        for key, value in named.items():
+            log(key, value, prog_bar=prog_bar, logger=logger)
 
     def due(
         self,
@@ -83,3 +91,16 @@ class Logs:
         same = [logs for c in callbacks_of(trainer) if (logs := getattr(c, "_logs", None)) and logs.kind == self.kind]
         index = next((index for index, other in enumerate(same) if other is self), 0)
         return f"{self.kind}_{index + 1}" if index else self.kind
+
+
+def _takes_our_arguments(log: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(log).bind("name", 0.0, prog_bar=False, logger=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _lightnings_log(pl_module: pl.LightningModule) -> Callable[..., None]:
+    log: Callable[..., None] = same_package(pl_module, "core:LightningModule").log
+    return log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_tpgm.anchors import AnchorDevice
+from lightning_tpgm.anchors import AnchorDevice, Untouched
 from lightning_tpgm.callbacks.copies import PlainCopies
 from lightning_tpgm.callbacks.framework import (
     Callback,
@@ -22,7 +23,7 @@ from lightning_tpgm.callbacks.framework import (
     rank_zero_warn,
 )
 from lightning_tpgm.callbacks.logs import Log, Logs
-from lightning_tpgm.callbacks.shared import check_shared, configuration_errors, write_out_shared
+from lightning_tpgm.callbacks.shared import as_plain_numbers, check_shared, configuration_errors, write_out_shared
 from lightning_tpgm.callbacks.surroundings import (
     check_radii_are_alone,
     check_something_to_do,
@@ -47,28 +48,14 @@ from lightning_tpgm.steps import Steps
 class MethodCallback(PlainCopies, Callback):
     """Lets a method act on a module while a `Trainer` fits it.
 
-    Names in the logs begin with the method's, ``tpgm/distance``. Of several callbacks of one method in a trainer the
-    second writes ``tpgm_2/distance`` and so on, in the order of the trainer's list. Nothing is read from the device but
-    when the trainer's ``log_every_n_steps`` says that logs are due.
-
-    Args:
-        exclude: fnmatch patterns over parameter names, for instance ``["head.*"]``; those are not constrained.
-        pretrained: Where the anchors come from: the path of a Lightning checkpoint or of a state dict (also
-            ``.safetensors``), a mapping, or a module. None: the weights at the start of the fit. Parameters that it
-            lacks, or has in another shape, are not constrained, and this is reported.
-        log: What goes to the trainer's loggers at its ``log_every_n_steps``. ``"summary"``: ``tpgm/distance`` (of all
-            tensors: the root of the sum of squares) and, for methods with radii, ``tpgm/mean_ratio`` and
-            ``tpgm/min_ratio`` (what the projection left of the deviation of a tensor's farthest row; 1: inside the
-            ball) and ``tpgm/binding`` (the share of tensors whose constraint binds). ``"all"``: also
-            ``tpgm_radius/NAME`` and ``tpgm_distance/NAME`` of each tensor. ``"none"``: nothing.
-        summary: Whether the fit ends with a printed table of the tensors that moved most and least; needs rich.
-        anchor_device: ``"cpu"``: the anchors are kept in the host's memory, pinned, and come to the GPU block by block
-            when they are needed. None: on the parameters' device.
+    The arguments are those of `lightning_tpgm.callbacks.shared.Shared`; callbacks add their own. Nothing is read from
+    the device but when the trainer's ``log_every_n_steps`` says that logs are due.
     """
 
     compile = False
     _KEY = ""  # what logged names begin with
-    _SHOWN: tuple[str, ...] = ("exclude",)  # the arguments in `repr`
+    _METHOD: type[Any] = Method
+    _SHOWN: tuple[str, ...] = ()  # the arguments in `repr`; none: the method's own
     _IN_BAR: tuple[str, ...] = ()  # what the callback itself logs after every batch
 
     def __init__(
@@ -86,17 +73,18 @@ class MethodCallback(PlainCopies, Callback):
         self._logged = log  # `log` is taken: Lightning gives its callbacks the module's method of that name
         self.summary = summary
         self.anchor_device = anchor_device
+        vars(self).update(as_plain_numbers(vars(self)))
         self._start_anew()
 
     @override
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "__init__" in vars(cls):
-            write_out_shared(cls, vars(cls)["__init__"], MethodCallback)
+            write_out_shared(cls, vars(cls)["__init__"], MethodCallback.__init__)
 
-    def make_method(self) -> Method:
-        """A new method with this callback's arguments."""
-        raise NotImplementedError
+    def make_method(self) -> Any:
+        """A new method with this callback's arguments of the same names."""
+        return self._METHOD(**{name: getattr(self, name) for name in inspect.signature(self._METHOD).parameters})
 
     @override
     def _start_anew(self) -> None:
@@ -111,11 +99,13 @@ class MethodCallback(PlainCopies, Callback):
         self._fitted: Callable[[], pl.LightningModule | None] = lambda: None  # a weak reference: the last fit's module
         self._announced: Optimizer | None = None  # whose gradients Lightning said were there
         self._saw_batch = False  # in this epoch
+        self._untouched: Untouched | None = None  # anchors, until the first batch
 
     @override
     def __repr__(self) -> str:
         """One line with the arguments that shape the method."""
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self._SHOWN)})"
+        shown = self._SHOWN or (*inspect.signature(self._METHOD).parameters, "exclude")
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     # ---- what users ask for
 
@@ -154,8 +144,11 @@ class MethodCallback(PlainCopies, Callback):
         check_radii_are_alone(trainer, self)
         warn_of_averages(trainer, self)
         self._saw_batch = False
-        self._constraint.record_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        self._constraint.steps.follow(trainer.optimizers)
+        self._follow(trainer)
+
+    def _follow(self, trainer: pl.Trainer) -> None:
+        with configuration_errors():
+            self._constraint.follow(trainer.optimizers)
 
     def _join(self) -> None:
         """Take in what has thawed, unless another callback has a radius for it."""
@@ -179,7 +172,10 @@ class MethodCallback(PlainCopies, Callback):
     ) -> None:
         """Follows optimizers that were replaced, and takes in parameters that were unfrozen, since the last batch."""
         self._saw_batch = True
-        self._constraint.steps.follow(trainer.optimizers)
+        if self._untouched is not None and self._untouched.were_replaced():  # by the module's own on_train_start, say
+            self._begin(trainer, pl_module, anew=True)
+        self._untouched = None
+        self._follow(trainer)
         self._join()
 
     @override
@@ -188,8 +184,10 @@ class MethodCallback(PlainCopies, Callback):
     ) -> None:
         """Changes the gradients, if the method does: they are unscaled and not clipped yet."""
         self._announced = optimizer
-        with configuration_errors():
-            self._constraint.change_gradients(Step(optimizer, trainer.optimizers.index(optimizer)))
+        step = self._constraint.steps.step_of(optimizer)
+        if step is not None:  # one that was replaced since the batch began is followed no more
+            with configuration_errors():
+                self._constraint.change_gradients(step)
 
     @override
     def on_train_batch_end(
@@ -238,16 +236,19 @@ class MethodCallback(PlainCopies, Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lets go of the module; what was learned stays for a checkpoint that is written now."""
         with suppress(RuntimeError):  # of a device that is broken: the user's own exception is the one to see
-            self._constraint.remove()
+            self._let_go()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lets go of the module and of device memory; what a later `save_checkpoint` needs stays, on the CPU."""
-        if stage == "fit":
-            self._constraint.remove()
-            self._given = None
+        self._let_go()
 
-    # ---- checkpoints
+    def _let_go(self) -> None:
+        self._given = self._untouched = self._announced = None
+        for name in ("log", "log_dict"):  # the module's, which Lightning has given its callbacks
+            vars(self).pop(name, None)
+        self._constraint.steps.stop()
+        self._constraint.release()
 
     @property
     @override
@@ -270,12 +271,13 @@ class MethodCallback(PlainCopies, Callback):
         else:
             self._loaded = state_dict or None
 
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, anew: bool = False) -> None:
         """Find the constrained parameters of this fit, their anchors, and what was learned before."""
         reshard(pl_module)
+        self._constraint.steps.stop()
         state, given, same = self._loaded, self._given, self._fitted() is pl_module
         known = self._constraint.anchors.origin != "none"
-        fresh = trainer.fit_loop.total_batch_idx < 0
+        fresh = anew or trainer.fit_loop.total_batch_idx < 0
         with configuration_errors():
             candidates = constrainable(pl_module, self.exclude, buffers=self._constraint.method.constrains_buffers)
             if state is not None:
@@ -290,5 +292,7 @@ class MethodCallback(PlainCopies, Callback):
                 self._start_anew()
                 self._constraint.begin(pl_module, candidates, given)
         self._loaded = self._given = None
+        self._constraint.record_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        self._untouched = Untouched(self._constraint.anchors)
         self._fitted = weakref.ref(pl_module)
         check_something_to_do(trainer, pl_module, self)

@@ -18,13 +18,15 @@ from torch.utils.data import (
 )
 
 from lightning_tpgm.callbacks.framework import pl, rank_zero_warn
-from lightning_tpgm.callbacks.loaders import flat
+from lightning_tpgm.callbacks.loaders import flat, parts
 
 
 def warn_of_shared_examples(trainer: pl.Trainer, held_out: Sequence[Any]) -> None:
     """Warn if the held-out data are known to hold training data."""
     training = trainer.train_dataloader  # not its truth, which is a length that it may not have
-    shared, count = shared_examples([] if training is None else flat(training), held_out)
+    shared, count = shared_examples(
+        [] if training is None else flat(training), [part for loader in held_out for part in parts(loader)]
+    )
     if shared:
         rank_zero_warn(
             f"{shared} of the {count} held-out examples are training examples, too: radii that are learned on them let"

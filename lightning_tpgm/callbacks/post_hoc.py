@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ def project_checkpoint(
     radius_steps: int = 200,
     exclude: Sequence[str] = (),
     loss: Loss = None,
+    eval_mode: bool = True,
     trainer: pl.Trainer | None = None,
 ) -> TPGMCallback:
     """Learn how far each tensor may be from its pretrained value, and write the projected fine-tuned checkpoint.
@@ -68,6 +69,7 @@ def project_checkpoint(
         radius_steps: Number of radius updates.
         exclude: fnmatch patterns over parameter names; those keep their fine-tuned value.
         loss: As in `TPGMCallback`.
+        eval_mode: As in `TPGMCallback`; the modes are those that ``model`` comes in.
         trainer: Its accelerator, devices, strategy and precision are used, and its progress bar; None: Lightning's
             automatic choice.
 
@@ -88,6 +90,11 @@ def project_checkpoint(
     with configuration_errors():
         check(output.parent.is_dir(), "output", "in an existing folder", str(output))
         check(pretrained is not None, "pretrained", "a path, a mapping of tensors by name or a module", pretrained)
+        if isinstance(pretrained, str | os.PathLike) and Path(pretrained).resolve() == finetuned.resolve():
+            raise ValueError(
+                f"`pretrained` and `finetuned` should be two files, found {str(finetuned)!r} twice: nothing has moved"
+                " between them. Pass the checkpoint from before the fine-tuning as `pretrained`."
+            )
     callback = TPGMCallback(
         dataloader,
         norm=norm,
@@ -96,6 +103,7 @@ def project_checkpoint(
         exclude=exclude,
         pretrained=pretrained,
         loss=loss,
+        eval_mode=eval_mode,
         when="fit_end",
     )
     if trainer is None:
@@ -209,12 +217,22 @@ def _write(finetuned: Path, output: Path, projected: dict[str, Tensor]) -> None:
         for name, value in state.items():
             if clean_name(name) in projected:
                 value.copy_(projected[clean_name(name)])
-    if output.suffix == ".safetensors":
+    # beside it, and renamed when it is whole: an interruption leaves what was there
+    part = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        _save(content, state, finetuned, part, output.suffix == ".safetensors")
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _save(content: Any, state: Mapping[str, Any], finetuned: Path, path: Path, safetensors: bool) -> None:
+    if safetensors:
         from safetensors import safe_open
         from safetensors.torch import save_file
 
         with safe_open(finetuned, "pt") as file:
             metadata = file.metadata()
-        save_file(dict(state), output, metadata)
+        save_file(dict(state), path, metadata)
     else:
-        torch.save(content, output)
+        torch.save(content, path)

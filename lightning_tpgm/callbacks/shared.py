@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, TypedDict, get_args, get_type_hints
 
+import numpy as np
 from torch import nn
 
 from lightning_tpgm.anchors import AnchorDevice
@@ -20,7 +21,22 @@ from lightning_tpgm.pretrained import Pretrained
 
 
 class Shared(TypedDict, total=False):
-    """Keyword arguments of every callback; `MethodCallback` explains them."""
+    """Keyword arguments of every callback.
+
+    Args:
+        exclude: fnmatch patterns over parameter names, for instance ``["head.*"]``; those are not constrained.
+        pretrained: Where the anchors come from: the path of a Lightning checkpoint or of a state dict (also
+            ``.safetensors``), a mapping, or a module. None: the weights at the start of the fit. Parameters that it
+            lacks, or has in another shape, are not constrained, and this is reported.
+        log: What goes to the trainer's loggers at its ``log_every_n_steps``. ``"summary"``: ``tpgm/distance`` (of all
+            tensors: the root of the sum of squares) and, for methods with radii, ``tpgm/mean_ratio`` and
+            ``tpgm/min_ratio`` (what the projection left of the deviation of a tensor's farthest row; 1: inside the
+            ball) and ``tpgm/binding`` (the share of tensors whose constraint binds). ``"all"``: also
+            ``tpgm_radius/NAME`` and ``tpgm_distance/NAME`` of each tensor. ``"none"``: nothing.
+        summary: Whether the fit ends with a printed table of the tensors that moved most and least; needs rich.
+        anchor_device: ``"cpu"``: the anchors are kept in the host's memory, pinned, and come to the GPU block by block
+            when they are needed. None: on the parameters' device.
+    """
 
     exclude: Sequence[str]
     pretrained: Pretrained | None
@@ -29,7 +45,12 @@ class Shared(TypedDict, total=False):
     anchor_device: AnchorDevice
 
 
-def write_out_shared(callback: type, constructor: Any, base: type) -> None:
+def as_plain_numbers(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """numpy's numbers among some attributes as python's: what is pickled is plain data."""
+    return {name: value.item() for name, value in attributes.items() if isinstance(value, np.generic)}
+
+
+def write_out_shared(callback: type, constructor: Any, base: Any) -> None:
     """Give a class whose constructor forwards ``**shared`` to its base a signature and a docstring with what that is.
 
     Editors read the annotation; help(), LightningCLI and notebooks read these two.
@@ -37,12 +58,12 @@ def write_out_shared(callback: type, constructor: Any, base: type) -> None:
     parameters = dict(inspect.signature(constructor).parameters)
     if parameters.pop("shared", None) is None:
         return
-    types = get_type_hints(vars(base)["__init__"])
-    shared = inspect.signature(base).parameters.values()
+    types = get_type_hints(base)
+    shared = list(inspect.signature(base).parameters.values())[1:]
     written = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=types[p.name]) for p in shared]
     constructor.__signature__ = inspect.Signature([*parameters.values(), *written])
-    if callback.__doc__ and base.__doc__:
-        explained = base.__doc__.partition("    Args:\n")[2].rstrip() + "\n"
+    if callback.__doc__ and Shared.__doc__:
+        explained = Shared.__doc__.partition("    Args:\n")[2].rstrip() + "\n"
         callback.__doc__ = re.sub(r" {8}shared: .*\n", lambda _: explained, callback.__doc__)
 
 
@@ -64,5 +85,6 @@ def check_shared(exclude: Any, pretrained: Any, log: Any, summary: Any, anchor_d
         check(accepted, "pretrained", "a path, a mapping of tensors by name, a module or None", pretrained)
         check(anchor_device in (None, "cpu"), "anchor_device", "None or 'cpu'", anchor_device)
         check(log in get_args(Log), "log", f"one of {get_args(Log)}", log)
+        check(isinstance(summary, bool), "summary", "True or False", summary)
         if summary and find_spec("rich") is None:
             raise ImportError("`summary` = True needs rich: pip install rich.")

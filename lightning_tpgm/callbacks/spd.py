@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing_extensions import Unpack, override
+from typing_extensions import Unpack
 
 from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.callbacks.shared import Shared
@@ -17,7 +17,7 @@ class SPDCallback(MethodCallback):
 
     Args:
         strength: lambda; 1 takes back the whole growth of the distance.
-        shared: The arguments of `MethodCallback`, by keyword.
+        shared: The arguments of all callbacks, by keyword.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
@@ -30,13 +30,9 @@ class SPDCallback(MethodCallback):
     SPDCallback(strength=1.0, exclude=('head.*',))
     """
 
+    _METHOD = SPD
     _KEY = "spd"
-    _SHOWN = ("strength", "exclude")
 
     def __init__(self, strength: float = 1.0, **shared: Unpack[Shared]) -> None:
         self.strength = strength
         super().__init__(**shared)
-
-    @override
-    def make_method(self) -> SPD:
-        return SPD(self.strength)

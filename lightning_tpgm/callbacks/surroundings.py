@@ -15,8 +15,8 @@ from lightning_tpgm.callbacks.framework import (
     rank_zero_warn,
     starts_functions,
 )
-from lightning_tpgm.constraint import needs_unscaled_gradients
 from lightning_tpgm.initialisation import never_trained
+from lightning_tpgm.optimizers import needs_unscaled_gradients
 
 if TYPE_CHECKING:
     from lightning_tpgm.callbacks.method import MethodCallback

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import Unpack, override
 
-from lightning_tpgm.callbacks.evaluation import Loss
+from lightning_tpgm.callbacks.evaluation import Loss, check_loss
 from lightning_tpgm.callbacks.framework import (
     MisconfigurationException,
     is_overridden,
@@ -23,6 +23,7 @@ from lightning_tpgm.callbacks.loaders import has_default_loaders
 from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.callbacks.radii import WithRadii
 from lightning_tpgm.callbacks.shared import Shared, configuration_errors
+from lightning_tpgm.callbacks.source import check_source
 from lightning_tpgm.methods import TPGM
 from lightning_tpgm.methods.method import check
 from lightning_tpgm.methods.tpgm import When
@@ -49,6 +50,8 @@ class TPGMCallback(WithRadii, MethodCallback):
             after every one. Several optimizers are counted one by one, and each step acts on that optimizer's tensors.
         loss: None for the module's ``training_step`` (evaluated without leaving a trace), ``"validation_step"``, or a
             callable (pl_module, batch) -> Tensor.
+        eval_mode: Whether the held-out loss is evaluated in eval mode. False: in the modes that the module trains in,
+            for detectors, auxiliary heads and others whose ``training_step`` needs train mode; everything is put back.
         when: ``"training"``: after every optimizer step. ``"fit_end"``: the fit is plain fine-tuning, and at its end
             the radii are learned in ``radius_steps`` updates at once and the weights projected (the authors' recipe for
             CLIP on ImageNet: ``norm="l2", radius_steps=200``). Checkpoints that were written during the fit hold the
@@ -57,7 +60,7 @@ class TPGMCallback(WithRadii, MethodCallback):
         compile: Whether distances, projections and radius gradients are fused by ``torch.compile``, each to one pass
             over memory; needs what that needs (on a CPU a C++ compiler), and takes some ten seconds once. Where it does
             not work a warning says so.
-        shared: The arguments of `MethodCallback`, by keyword. The logs also have ``tpgm/heldout_loss``.
+        shared: The arguments of all callbacks, by keyword. The logs also have ``tpgm/heldout_loss``.
 
     Raises:
         MisconfigurationException: For an argument out of its range, in the constructor; when the fit is set up, for
@@ -74,6 +77,7 @@ class TPGMCallback(WithRadii, MethodCallback):
     """
 
     _SHOWN = ("radius_lr", "norm", "radius_steps", "every_n_steps", "exclude")
+    _METHOD = TPGM
     _KEY = "tpgm"
     _IN_BAR = ("heldout_loss", "mean_ratio")
 
@@ -86,22 +90,17 @@ class TPGMCallback(WithRadii, MethodCallback):
         radius_steps: int = 1,
         every_n_steps: int = 1,
         loss: Loss = None,
+        eval_mode: bool = True,
         when: When = "training",
         compile: bool = False,
         **shared: Unpack[Shared],
     ) -> None:
-        given: object = dataloader
-        usable = given is None or isinstance(given, Iterable) or callable(given)
-        expected = "None, 'validation_step' or a callable (pl_module, batch) -> Tensor"
         with configuration_errors():
-            check(usable, "dataloader", "a loader, a function that returns one, an import path or None", dataloader)
-            if isinstance(dataloader, str):
-                names = dataloader.replace(":", ".", 1).split(".")
-                path = len(names) > 1 and all(name.isidentifier() for name in names)
-                check(path, "dataloader", "an import path like 'my_project.data:held_out'", dataloader)
-            check(loss is None or loss == "validation_step" or callable(loss), "loss", expected, loss)
+            check_source(dataloader)
+            check_loss(loss)
+            check(isinstance(eval_mode, bool), "eval_mode", "True or False", eval_mode)
             check(isinstance(compile, bool), "compile", "True or False", compile)
-        self.dataloader, self.loss, self.compile = dataloader, loss, compile
+        self.dataloader, self.loss, self.eval_mode, self.compile = dataloader, loss, eval_mode, compile
         self.radius_lr, self.norm = radius_lr, norm
         self.radius_steps, self.every_n_steps, self.when = radius_steps, every_n_steps, when
         super().__init__(**shared)
@@ -109,8 +108,8 @@ class TPGMCallback(WithRadii, MethodCallback):
     @override
     def make_method(self) -> TPGM:
         """TPGM that learns from this callback's held-out data."""
-        tpgm = TPGM(self.radius_lr, self.norm, self.radius_steps, self.every_n_steps, self.when)
-        tpgm.held_out = HeldOutGradient(self.dataloader, self.loss)
+        tpgm: TPGM = super().make_method()
+        tpgm.held_out = HeldOutGradient(self.dataloader, self.loss, self.eval_mode)
         return tpgm
 
     # ---- Lightning's hooks
@@ -139,11 +138,19 @@ class TPGMCallback(WithRadii, MethodCallback):
             )
 
     @override
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super()._begin(trainer, pl_module)
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, anew: bool = False) -> None:
+        super()._begin(trainer, pl_module, anew)
         self._held_out.attach(trainer, pl_module)
         self._tpgm.progress = lambda updates: with_progress_bar(trainer, updates, "Learning radii")
         self._warned = False
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Also sees what training batches look like."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._held_out.saw(batch)
 
     @override
     def on_train_batch_end(
@@ -169,18 +176,11 @@ class TPGMCallback(WithRadii, MethodCallback):
         self._warn_of_skipped()
 
     @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def _let_go(self) -> None:
         """Also ends the held-out loader's workers."""
-        super().on_exception(trainer, pl_module, exception)
         self._held_out.close()
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Also ends the held-out loader's workers."""
-        super().teardown(trainer, pl_module, stage)
-        if stage == "fit":
-            self._held_out.close()
-            vars(self._tpgm).pop("progress", None)  # it knows the trainer
+        vars(self._tpgm).pop("progress", None)  # it knows the trainer
+        super()._let_go()
 
     @override
     def _scalars(self) -> dict[str, Tensor]:

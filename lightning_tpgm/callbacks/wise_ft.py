@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing_extensions import Unpack, override
+from typing_extensions import Unpack
 
 from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.callbacks.shared import Shared
@@ -20,7 +20,7 @@ class WiSEFTCallback(MethodCallback):
     Args:
         alpha: In [0, 1]. None: the fit changes nothing; afterwards `wise_ft_sweep` with `WiSEFTCallback.anchor` chooses
             alpha by a validation metric.
-        shared: The arguments of `MethodCallback`, by keyword.
+        shared: The arguments of all callbacks, by keyword.
 
     Raises:
         MisconfigurationException: For an argument out of its range; when the fit starts, with nothing to interpolate.
@@ -31,13 +31,9 @@ class WiSEFTCallback(MethodCallback):
     WiSEFTCallback(alpha=0.5, exclude=())
     """
 
+    _METHOD = WiSEFT
     _KEY = "wise_ft"
-    _SHOWN = ("alpha", "exclude")
 
     def __init__(self, alpha: float | None = 0.5, **shared: Unpack[Shared]) -> None:
         self.alpha = alpha
         super().__init__(**shared)
-
-    @override
-    def make_method(self) -> WiSEFT:
-        return WiSEFT(self.alpha)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from typing_extensions import override
 
 from lightning_tpgm.constrained import Constrained
@@ -32,4 +33,5 @@ class AnchorDecay(Method):
     def after(self, tensors: Constrained, step: Step) -> None:
         """Decays; a learning rate times strength above 1 stops at the anchor."""
         kept = (1 - tensors.learning_rates(step.optimizer) * self.strength).clamp(0, 1)
+        kept = torch.where(step.moved(tensors), kept, 1)
         tensors.shrink(tensors.weights(), kept, moved=[p.grad is not None for p in tensors.parameters])

@@ -26,6 +26,9 @@ class HeldOut(Protocol):
     def mean(self, vector: Tensor) -> Tensor:
         """The mean of a vector over the processes."""
 
+    def close(self) -> None:
+        """Let go of the model and of what draws the batches; the position stays."""
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the data."""
 

@@ -88,6 +88,8 @@ class LearnedScalars:
     def adam(self, grad: Tensor, where: Tensor) -> None:
         """One Adam step on the scalars at which ``where`` is true; the others keep value and state to the bit.
 
+        So do those whose gradient, or its square, is not finite: what enters here never leaves.
+
         Args:
             grad: The derivative of the loss, shape (T,).
             where: Booleans, shape (T,) or ().
@@ -102,6 +104,7 @@ class LearnedScalars:
         m = exp_avg / -torch.expm1(step * math.log(beta1))
         v = exp_avg_sq / -torch.expm1(step * math.log(beta2))
         value = self.value - self.lr * m / (v.sqrt() + self.EPS)
+        where = where & exp_avg.isfinite() & exp_avg_sq.isfinite()
         for name, new in zip(self._ADAM, (value, exp_avg, exp_avg_sq, step), strict=True):
             setattr(self, name, torch.where(where, new, getattr(self, name)))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -19,6 +21,16 @@ class Step:
 
     optimizer: Optimizer
     index: int
+
+    def moved(self, tensors: Constrained) -> Tensor:
+        """Which of its tensors it moved, booleans of shape (T,): all of them, or none.
+
+        A fused optimizer that steps under a gradient scaler holds a flag meanwhile, and may skip the step; to read the
+        flag here would make a GPU wait.
+        """
+        moved = tensors.vector([True for _ in tensors.names])
+        skipped = getattr(self.optimizer, "found_inf", None)
+        return moved if skipped is None else moved & (skipped == 0)
 
 
 @runtime_checkable
@@ -102,10 +114,10 @@ def check(condition: bool, name: str, expected: str, found: object) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is a finite int or float; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    """Whether the value is a finite real number, numpy's included; True and False are none."""
+    return not isinstance(value, bool) and isinstance(value, Real) and isfinite(value)
 
 
 def is_count(value: object) -> bool:
-    """Whether the value is a positive integer."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    """Whether the value is a positive integer, numpy's included."""
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) > 0

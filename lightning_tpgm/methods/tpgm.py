@@ -85,13 +85,8 @@ class TPGM(Method):
         """Updates the radii of this optimizer's tensors if that is due, and projects these."""
         steps = self.steps.get(step.index, 0)
         self.steps[step.index] = steps + 1
-        moved = tensors.vector([True for _ in tensors.names])
-        # While a fused optimizer steps under a gradient scaler it holds this flag and may skip the step; to read it
-        # here would make a GPU wait.
-        skipped = getattr(step.optimizer, "found_inf", None)
-        if skipped is not None:
-            moved = moved & (skipped == 0)
-        self._constrain(tensors, range(self.radius_steps if steps % self.every_n_steps == 0 else 0), moved)
+        due = steps % self.every_n_steps == 0
+        self._constrain(tensors, range(self.radius_steps if due else 0), step.moved(tensors))
 
     @override
     def finish(self, tensors: Constrained) -> None:
@@ -171,5 +166,8 @@ class TPGM(Method):
 
     @override
     def release(self) -> None:
+        if self.held_out is not None:
+            self.held_out.close()
         super().release()
         self.skipped, self._to_come = self.skipped.cpu(), False
+        self.heldout_loss = None if self.heldout_loss is None else self.heldout_loss.cpu()

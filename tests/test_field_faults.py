@@ -1,0 +1,222 @@
+"""Faults from the field: each test is the smallest instance of a kind that once ended in a silent wrong result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_tpgm import (
+    FTPCallback,
+    L2SPCallback,
+    SPDCallback,
+    TPGMCallback,
+    WiSEFTCallback,
+    constrain,
+    project_checkpoint,
+)
+from lightning_tpgm.callbacks.method import MethodCallback
+from lightning_tpgm.methods import FTP, SPD
+from properties import assert_inside_ball, assert_same
+from test_contract import METHODS, Method
+from toys import Toy, quiet_trainer, toy, train_loader, val_loader
+
+
+@pytest.fixture(params=METHODS.values(), ids=METHODS)
+def method(request: pytest.FixtureRequest) -> Method:
+    return request.param
+
+
+def fit(module: pl.LightningModule, *callbacks: pl.Callback, **options: Any) -> None:
+    torch.manual_seed(0)
+    quiet_trainer(*callbacks, **options).fit(module, train_loader(), val_loader())
+
+
+# --- weights that come after the anchors were taken
+
+
+class LoadsLate(Toy):
+    """Loads its pretrained weights in its own on_train_start, which runs after those of callbacks."""
+
+    def on_train_start(self) -> None:
+        self.load_state_dict(toy(5).state_dict())
+
+
+def test_weights_loaded_in_the_modules_on_train_start_are_the_anchors(method: Method) -> None:
+    module, callback = LoadsLate(), method.make()
+    fit(module, callback)
+    start = toy(5).state_dict()
+    assert_same(callback.anchor, {name: start[name] for name in callback.anchor})
+    expected = toy(5)
+    fit(expected, method.make())
+    assert_same(module.state_dict(), expected.state_dict())
+
+
+# --- optimizers
+
+
+class Averaging(torch.optim.SGD):
+    """Evaluates other weights than it trains, as schedule-free optimizers do."""
+
+    def train(self) -> None:
+        pass
+
+    def eval(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("make", [TPGMCallback, FTPCallback, SPDCallback])
+def test_optimizer_that_evaluates_other_weights_is_refused(make: type[MethodCallback]) -> None:
+    def averaging(parameters: Any) -> torch.optim.Optimizer:
+        return Averaging(parameters, lr=0.1)
+
+    with pytest.raises(
+        MisconfigurationException, match=rf"^{make.__name__} keeps .* Averaging evaluates others: its eval"
+    ):
+        fit(toy(0, averaging), make())
+    fit(toy(0, averaging), L2SPCallback())  # changes gradients alone
+    fit(toy(0, averaging), TPGMCallback(when="fit_end"))
+    linear = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"^SPD keeps .* Averaging evaluates others"):
+        constrain(linear, SPD(), Averaging(linear.parameters(), lr=0.1))
+
+
+class WithoutHooks(torch.optim.SGD):
+    """A wrapper that forgot the constructor of its base class."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.param_groups, self.defaults, self.state = optimizer.param_groups, optimizer.defaults, optimizer.state
+
+
+def test_optimizer_without_hooks_is_refused_by_name() -> None:
+    linear = nn.Linear(2, 2)
+    optimizer = WithoutHooks(torch.optim.SGD(linear.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"^WithoutHooks has no hooks on its step.* call super\(\).__init__"):
+        constrain(linear, SPD(), optimizer)
+
+
+# --- numbers that are not finite
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
+def test_one_gradient_that_is_not_finite_does_not_stay(value: float) -> None:
+    """An optimizer may survive it, by its sign for instance; a radius that took it in would be lost for good."""
+
+    class Sign(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        p.sub_(p.grad.nan_to_num(0).sign(), alpha=0.01)
+
+    torch.manual_seed(0)
+    linear, x = nn.Linear(3, 2), torch.randn(8, 3)
+    start = {name: p.detach().clone() for name, p in linear.named_parameters()}
+    optimizer = Sign(linear.parameters(), lr=0.01)
+    constraint = constrain(linear, FTP(), optimizer)
+    for step in range(6):
+        optimizer.zero_grad()
+        linear(x).square().mean().backward()
+        if step == 3:
+            linear.weight.grad[0, 0] = value
+        optimizer.step()
+        assert all(radius == radius for radius in constraint.radii.values())
+        assert_inside_ball(linear, start, constraint.radii, "mars")
+    vectors = constraint.state_dict()["method"]["radii"]
+    assert all(vectors[name].isfinite().all() for name in ("value", "exp_avg", "exp_avg_sq"))
+
+
+# --- arguments
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    callback = TPGMCallback(radius_lr=np.float32(0.5), radius_steps=np.int64(2), every_n_steps=np.int64(3))
+    assert (callback.radius_lr, callback.radius_steps, callback.every_n_steps) == (0.5, 2, 3)
+    assert type(callback.radius_lr) is float
+    assert "np." not in repr(callback)
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_summary_is_a_truth_value(value: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=r"^`summary` should be True or False, found"):
+        SPDCallback(summary=value)
+
+
+# --- files
+
+
+def checkpoints(folder: Path) -> tuple[Path, Path]:
+    torch.save(toy(0).state_dict(), folder / "pretrained.pt")
+    torch.save(toy(1).state_dict(), folder / "finetuned.pt")
+    return folder / "pretrained.pt", folder / "finetuned.pt"
+
+
+def test_interrupted_writing_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the output is the fine-tuned file itself."""
+    pretrained, finetuned = checkpoints(tmp_path)
+    before = finetuned.read_bytes()
+    save = torch.save
+
+    def full_disk(content: Any, path: Path) -> None:
+        save(content, path)
+        path.write_bytes(path.read_bytes()[:100])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        project_checkpoint(
+            toy(), pretrained, finetuned, val_loader(), finetuned, radius_steps=1, trainer=quiet_trainer()
+        )
+    assert finetuned.read_bytes() == before
+    monkeypatch.undo()
+    project_checkpoint(toy(), pretrained, finetuned, val_loader(), finetuned, radius_steps=1, trainer=quiet_trainer())
+    assert finetuned.read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["finetuned.pt", "pretrained.pt"]
+
+
+def test_projecting_a_file_onto_itself_is_an_error(tmp_path: Path) -> None:
+    _, finetuned = checkpoints(tmp_path)
+    with pytest.raises(
+        MisconfigurationException, match=r"^`pretrained` and `finetuned` should be two files, found .* twice"
+    ):
+        project_checkpoint(toy(), str(finetuned), finetuned, val_loader())
+
+
+def test_buffers_of_a_frozen_layer_are_left_alone_at_the_end() -> None:
+    """WiSE-FT interpolates running statistics, too, but not those of a layer that was frozen meanwhile."""
+
+    class Freezes(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            if trainer.global_step == 3:
+                pl_module.backbone[1].requires_grad_(False).eval()
+
+    def running_mean(*callbacks: pl.Callback) -> Any:
+        module = toy()
+        fit(module, Freezes(), *callbacks)
+        return module.backbone[1].running_mean
+
+    plain = running_mean()
+    assert not torch.equal(plain, torch.zeros(3))
+    assert torch.equal(running_mean(WiSEFTCallback(alpha=0.5)), plain)
+
+
+def test_a_frozen_layer_that_momentum_still_moves_stays_in_its_ball() -> None:
+    """With gradients of 0 in place of none torch steps it, whatever `requires_grad` says."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(3, 2), torch.randn(8, 3)
+    start = {name: p.detach().clone() for name, p in linear.named_parameters()}
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1, momentum=0.9)
+    constraint = constrain(linear, FTP(), optimizer)
+    for step in range(8):
+        optimizer.zero_grad(set_to_none=False)
+        if step == 4:
+            linear.weight.requires_grad_(False)
+        (linear(x) - 3).square().mean().backward()
+        optimizer.step()
+        assert_inside_ball(linear, start, constraint.radii, "mars")
