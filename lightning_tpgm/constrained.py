@@ -57,10 +57,9 @@ class Constrained:
     # ---- which tensors
 
     def stepped_by(self, optimizer: Optimizer) -> Constrained:
-        """Those that this optimizer steps, but for what is frozen now and has no gradient: no optimizer moves that."""
+        """Those that this optimizer steps, but for what is frozen now."""
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        stepped = ((i, p) for i, p in enumerate(self.parameters) if id(p) in owned)
-        return self.subset([i for i, p in stepped if p.requires_grad or p.grad is not None])
+        return self.subset([i for i, p in enumerate(self.parameters) if p.requires_grad and id(p) in owned])
 
     def not_frozen(self) -> Constrained:
         """Those that are not frozen now; the buffers of a layer are if all its parameters are."""

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_tpgm import TPGMCallback
@@ -252,7 +253,7 @@ def test_inside_ball_when_the_evaluation_raises(where: str, fail_at: int, norm: 
     callback = TPGMCallback(norm=norm, radius_steps=3, loss=failing_loss(fail_at, where, Broken()))
     look, seen = watch(callback, module)
     save = SaveOnException(tmp_path / "saved.ckpt")
-    with pytest.raises(Broken):
+    with pytest.raises(MisconfigurationException, match="Broken"):  # with likely causes
         quiet_trainer(save, callback, watcher(look, "after"), enable_checkpointing=True).fit(
             module, train_loader(), val_loader()
         )
