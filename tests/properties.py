@@ -122,3 +122,29 @@ def assert_same_direction(project: Project, weight: Tensor, anchor: Tensor, norm
         slack = float(rounding.norm())
         assert ratio <= 1 + SLACK + slack / max(float(d.norm()), 1e-30)
         assert ((shrunk - ratio * d).abs() <= SLACK * ratio * d.abs() + rounding + slack).all()
+
+
+def row_distances(weight: Tensor, anchor: Tensor, norm: str) -> Tensor:
+    """The distance of every row, in float64; written without the package."""
+    deviation = weight.double() - anchor.double()
+    if norm == "l2" or deviation.dim() < 2:
+        deviation = deviation.reshape(1, -1)
+    deviation = deviation.flatten(1)
+    return deviation.abs().sum(1) if norm == "mars" else deviation.square().sum(1).sqrt()
+
+
+def assert_inside_balls(
+    module: nn.Module, anchors: Mapping[str, Tensor], radii: Mapping[str, float], norm: str = "mars", rtol: float = 1e-5
+) -> None:
+    """Every tensor is no farther from its anchor than its radius; storing a weight rounds it.
+
+    One whose radius is not a number has not been stepped yet, and so has not moved.
+    """
+    parameters = dict(module.named_parameters())
+    assert radii
+    for name, radius in radii.items():
+        weight = parameters[name].detach()
+        distance = row_distances(weight, anchors[name], norm)
+        rounding = torch.finfo(weight.dtype).eps * row_distances(weight, torch.zeros_like(weight), norm)
+        bound = 0.0 if radius != radius else radius
+        assert (distance <= bound * (1 + rtol) + rounding).all(), f"{name}: distances {distance}, radius {radius}"

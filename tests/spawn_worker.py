@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_tpgm import TPGMCallback
-from zoo import Blobs, Classifier, classifier_loss
+from toys import Blobs, Classifier, classifier_loss
 
 
 def numbered() -> TensorDataset:

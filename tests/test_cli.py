@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 import lightning_tpgm
 from lightning_tpgm import TPGMCallback
-from zoo import Blobs, Classifier, blobs
+from toys import Blobs, Classifier, blobs
 
 ROOT = Path(__file__).parents[1]
 

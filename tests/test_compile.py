@@ -16,7 +16,8 @@ import lightning_tpgm.layout
 from lightning_tpgm import FTPCallback, TPGMCallback
 from lightning_tpgm.blocks import fused_blocks
 from lightning_tpgm.callbacks.radii import WithRadii
-from zoo import Blobs, Classifier, assert_identical, assert_inside_balls, quiet_trainer, seed_everything, weights_of
+from properties import assert_inside_balls, assert_same
+from toys import Blobs, Classifier, seed_everything, trainer_in, weights_of
 
 METHODS: dict[str, Callable[..., WithRadii]] = {
     "tpgm mars": TPGMCallback,
@@ -35,7 +36,7 @@ def compiled_anew() -> Iterator[None]:
 def run(tmp_path: Path, callback: WithRadii) -> dict[str, torch.Tensor]:
     seed_everything(0)
     module = Classifier()
-    quiet_trainer(tmp_path, callbacks=[callback], max_epochs=2).fit(module, Blobs())
+    trainer_in(tmp_path, callbacks=[callback], max_epochs=2).fit(module, Blobs())
     assert_inside_balls(module, callback.anchor, callback.radii, callback.norm)
     return weights_of(module)
 
@@ -64,4 +65,4 @@ def test_clear_failure_where_nothing_can_be_compiled(tmp_path: Path, monkeypatch
     with pytest.warns(UserWarning, match="has no effect.*RuntimeError: no C\\+\\+ compiler$") as warned:
         found = run(tmp_path, callback)
     assert sum("compile" in str(warning.message) for warning in warned) == 1
-    assert_identical(found, run(tmp_path, TPGMCallback()))
+    assert_same(found, run(tmp_path, TPGMCallback()))

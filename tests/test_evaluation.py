@@ -22,7 +22,8 @@ from lightning_tpgm import TPGMCallback
 from lightning_tpgm.callbacks.evaluation import HeldOutLoss
 from lightning_tpgm.callbacks.heldout import HeldOutBatch
 from lightning_tpgm.callbacks.isolation import no_trace
-from zoo import Blobs, Classifier, assert_identical, blobs, classifier_loss, quiet_trainer, weights_of
+from properties import assert_same
+from toys import Blobs, Classifier, blobs, classifier_loss, trainer_in, weights_of
 
 BATCH = list(blobs(8, seed=2)[:])
 FIRST = HeldOutBatch(BATCH, 0, 0)
@@ -50,7 +51,7 @@ def evaluate(
 ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
     """The held-out loss and its gradients after one training step."""
     evaluation = Evaluate(HeldOutLoss(loss), drawn)
-    quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[evaluation]).fit(module, data or Blobs())
+    trainer_in(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[evaluation]).fit(module, data or Blobs())
     return evaluation.loss, evaluation.grads
 
 
@@ -93,9 +94,9 @@ def test_loss_and_gradient_are_those_of_the_module(step: str | None, held_out: A
     value, grads = evaluate(tmp_path, module, loss)
     expected = module.loss(BATCH)
     expected_grads = torch.autograd.grad(expected, list(module.parameters()))
-    assert_identical(value, expected.detach())
+    assert_same(value, expected.detach())
     assert not value.requires_grad
-    assert_identical(list(grads.values()), list(expected_grads))
+    assert_same(list(grads.values()), list(expected_grads))
 
 
 def test_gradient_of_what_the_loss_does_not_depend_on_is_none(tmp_path: Path) -> None:
@@ -122,21 +123,21 @@ def test_none_of_the_training_step_skips_the_update(tmp_path: Path) -> None:
     expected = fit(tmp_path, Classifier(), once)
     assert len(calls) == 4
     assert_same_but_position(skipping, once)
-    assert_identical(found, expected)
+    assert_same(found, expected)
 
 
 def fit(tmp_path: Path, module: pl.LightningModule, callback: TPGMCallback, **settings: Any) -> dict[str, Tensor]:
     """Four training steps; the weights after them. Validation plays no part, so that its step may return anything."""
     settings = {"limit_val_batches": 0, "callbacks": [callback], **settings}
-    quiet_trainer(tmp_path, **settings).fit(module, Blobs())
+    trainer_in(tmp_path, **settings).fit(module, Blobs())
     return weights_of(module)
 
 
 def assert_same_but_position(found: TPGMCallback, expected: TPGMCallback) -> None:
     """All that was learned, the counts of Adam included."""
     one, other = found.state_dict()["method"], expected.state_dict()["method"]
-    assert_identical(one["radii"], other["radii"])
-    assert_identical(found.distances, expected.distances)
+    assert_same(one["radii"], other["radii"])
+    assert_same(found.distances, expected.distances)
 
 
 # --- errors ---
@@ -245,7 +246,7 @@ def test_update_that_is_not_finite_is_skipped_with_one_warning(bad: Any, tmp_pat
     expected = fit(tmp_path, Classifier(), once, max_epochs=2)
     assert len(calls) == 8
     assert_same_but_position(skipping, once)
-    assert_identical(found, expected)
+    assert_same(found, expected)
 
 
 def test_update_after_a_skipped_one_is_made(tmp_path: Path) -> None:
@@ -405,7 +406,7 @@ def test_transfer_hooks_are_applied(owner: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():  # Lightning says which of the two it takes
         warnings.filterwarnings("ignore", "You have overridden")
         value, _ = evaluate(tmp_path, module, drawn=HeldOutBatch(BATCH, 0, 3), data=data)
-    assert_identical(value, module.loss([1 + 10 * BATCH[0], BATCH[1]]).detach())
+    assert_same(value, module.loss([1 + 10 * BATCH[0], BATCH[1]]).detach())
     assert hooks[-3:] == [("before", 3), ("transfer", 3), ("after", 3)]
 
 
@@ -450,10 +451,10 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant: bool, tmp_path: P
         random.seed(0)
         np.random.seed(0)
         evaluation = Evaluate(HeldOutLoss(None), FIRST)
-        trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[Keep(), evaluation])
+        trainer = trainer_in(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[Keep(), evaluation])
         trainer.fit(Checkpointed(reentrant), Blobs())
         results.append((evaluation.loss, evaluation.grads))
-    assert_identical(results[0], results[1])
+    assert_same(results[0], results[1])
     assert all(grad is not None for grad in results[0][1].values())
     for parameter, grad, value in kept:
         assert parameter.grad is grad
@@ -485,7 +486,7 @@ def test_checkpointing_gives_the_same_radii(norm: Any, use_reentrant: bool, tmp_
         np.random.seed(0)
         weights = fit(tmp_path, Checkpointed(reentrant), callback)
         runs.append((weights, callback.radii, callback.state_dict()["method"]))
-    assert_identical(runs[0], runs[1])
+    assert_same(runs[0], runs[1])
 
 
 def test_compiled_submodule_gives_the_same_radii(tmp_path: Path) -> None:
@@ -502,7 +503,7 @@ def test_compiled_submodule_gives_the_same_radii(tmp_path: Path) -> None:
         weights = fit(tmp_path, module, callback)
         runs.append((list(weights.values()), callback.radii, callback.distances))
     assert list(runs[0][1]) == ["backbone.0.weight", "backbone.0.bias", "head.weight", "head.bias"]
-    assert_identical(runs[0], runs[1])
+    assert_same(runs[0], runs[1])
 
 
 def test_held_out_loss_is_that_at_the_projected_weights(tmp_path: Path) -> None:

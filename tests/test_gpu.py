@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from lightning_tpgm import FTPCallback, TPGMCallback
 from lightning_tpgm.callbacks.radii import WithRadii
-from zoo import AfterEachStep, Blobs, Classifier, assert_inside_balls, blobs, quiet_trainer, seed_everything, weights_of
+from properties import assert_inside_balls
+from toys import AfterEachStep, Blobs, Classifier, blobs, seed_everything, trainer_in, weights_of
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
@@ -60,7 +61,7 @@ def run(
     if precision == "16-mixed":  # a scale that skips no step
         settings = {"plugins": [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device, init_scale=256.0))]}
     accelerator = "gpu" if device == "cuda" else "cpu"
-    quiet_trainer(tmp_path, accelerator=accelerator, callbacks=list(callbacks), max_epochs=4, **settings).fit(
+    trainer_in(tmp_path, accelerator=accelerator, callbacks=list(callbacks), max_epochs=4, **settings).fit(
         module, Blobs()
     )
     return module.cpu()

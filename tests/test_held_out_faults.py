@@ -29,13 +29,14 @@ from lightning_tpgm.callbacks.framework import comes_in_turn, validation_loader
 from lightning_tpgm.callbacks.heldout import HeldOutBatches
 from lightning_tpgm.callbacks.loaders import own_loader
 from lightning_tpgm.callbacks.step_errors import described
-from zoo import FEATURES, Blobs, Classifier, assert_identical, blobs, quiet_trainer, weights_of
+from properties import assert_same
+from toys import FEATURES, Blobs, Classifier, blobs, trainer_in, weights_of
 
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 def fit(tmp_path: Path, module: pl.LightningModule, callback: TPGMCallback, *data: Any, **settings: Any) -> pl.Trainer:
-    trainer = quiet_trainer(tmp_path, **{"limit_val_batches": 0, "callbacks": [callback], **settings})
+    trainer = trainer_in(tmp_path, **{"limit_val_batches": 0, "callbacks": [callback], **settings})
     trainer.fit(module, *(data or (Blobs(),)))
     return trainer
 
@@ -213,7 +214,7 @@ def test_out_of_memory_has_its_own_cause(tmp_path: Path) -> None:
 def test_without_a_training_batch_it_says_that(tmp_path: Path) -> None:
     torch.save(Classifier().state_dict(), tmp_path / "a.pt")
     torch.save(Classifier().state_dict(), tmp_path / "b.pt")
-    trainer = quiet_trainer(tmp_path)
+    trainer = trainer_in(tmp_path)
     with pytest.raises(MisconfigurationException, match="There is no training batch to compare it with"):
         project_checkpoint(
             Fails(ValueError("x")), tmp_path / "a.pt", tmp_path / "b.pt", Blobs().val_dataloader(), trainer=trainer
@@ -268,7 +269,7 @@ def test_recurrent_layers_give_the_values_of_eval_mode(tmp_path: Path) -> None:
         torch.manual_seed(0)
         fit(tmp_path, module, callback)
         runs.append((weights_of(module), callback.radii))
-    assert_identical(runs[0], runs[1])
+    assert_same(runs[0], runs[1])
 
 
 class NeedsTraining(Classifier):
@@ -320,7 +321,7 @@ def test_eval_mode_false_leaves_no_trace(tmp_path: Path) -> None:
         torch.manual_seed(0)
         fit(tmp_path, module, callback, callbacks=[callback] if with_callback else [])
         runs.append((dict(module.state_dict()), [part.training for part in module.modules()], torch.get_rng_state()))
-    assert_identical(runs[0], runs[1])
+    assert_same(runs[0], runs[1])
 
 
 def test_the_error_in_train_mode_names_no_mode_to_try(tmp_path: Path) -> None:
@@ -353,9 +354,9 @@ def test_projecting_a_checkpoint_in_train_mode(tmp_path: Path) -> None:
     torch.save(module.state_dict(), tmp_path / "b.pt")
     arguments = (tmp_path / "a.pt", tmp_path / "b.pt", Blobs().val_dataloader())
     with pytest.raises(MisconfigurationException, match="`eval_mode=False`"):
-        project_checkpoint(NeedsTraining(), *arguments, trainer=quiet_trainer(tmp_path))
+        project_checkpoint(NeedsTraining(), *arguments, trainer=trainer_in(tmp_path))
     callback = project_checkpoint(
-        NeedsTraining(), *arguments, radius_steps=2, eval_mode=False, trainer=quiet_trainer(tmp_path)
+        NeedsTraining(), *arguments, radius_steps=2, eval_mode=False, trainer=trainer_in(tmp_path)
     )
     assert callback.radii["head.weight"] > 0
 
@@ -464,7 +465,7 @@ def test_a_star_on_the_command_line(tmp_path: Path) -> None:
     ):
         arguments = {"pretrained": "a.pt", "finetuned": "b.pt", "output": "c.pt"}
         files = [f"--{name}={tmp_path / file}" for name, file in arguments.items()]
-        options = ["--model=zoo.Classifier", "--dataloader=test_held_out_faults:held_out", "--radius_steps=2"]
+        options = ["--model=toys.Classifier", "--dataloader=test_held_out_faults:held_out", "--radius_steps=2"]
         main(["project", *files, *options, "--accelerator=cpu", "--eval_mode=false", *exclude])
         found = torch.load(tmp_path / "c.pt", weights_only=True)
         same = [name for name, value in module.state_dict().items() if torch.equal(found[name], value)]
@@ -520,7 +521,7 @@ def test_mode_of_the_validation_loaders_is_kept(
 
 def test_validation_loader_of_lightning_is_where_it_was(tmp_path: Path) -> None:
     """The private part that is used, with the mode that `trainer.val_dataloaders` has not."""
-    trainer = quiet_trainer(tmp_path)
+    trainer = trainer_in(tmp_path)
     assert validation_loader(trainer) is None
     combined = CombinedLoader([Blobs().val_dataloader()], "max_size_cycle")
     trainer.fit(Pairs_of_one(), Blobs().train_dataloader(), combined)
@@ -570,17 +571,17 @@ def test_persistent_workers_that_validation_shares(given: bool, tmp_path: Path) 
         loader: DataLoader[Any] = DataLoader(Counting(), 8, num_workers=1, persistent_workers=True)
         module = Classifier()
         callback = TPGMCallback(loader if given else None, loss=own_loss)
-        trainer = quiet_trainer(tmp_path, max_epochs=epochs, callbacks=[callback])
+        trainer = trainer_in(tmp_path, max_epochs=epochs, callbacks=[callback])
         trainer.fit(module, Blobs(train=24).train_dataloader(), loader, ckpt_path=ckpt_path)
         return drawn, trainer, weights_of(module)
 
     drawn, _, weights = run(4)
-    assert_identical(drawn, list(blobs(80).tensors[0].split(8)) + list(blobs(80).tensors[0].split(8))[:2])
+    assert_same(drawn, list(blobs(80).tensors[0].split(8)) + list(blobs(80).tensors[0].split(8))[:2])
     first, trainer, _ = run(2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     second, _, resumed = run(4, tmp_path / "half.ckpt")
-    assert_identical(first + second, drawn)
-    assert_identical(resumed, weights)
+    assert_same(first + second, drawn)
+    assert_same(resumed, weights)
 
 
 def test_own_loader_is_a_copy_only_where_it_must_be() -> None:
@@ -664,7 +665,7 @@ def test_a_modules_own_backward_is_used(tmp_path: Path) -> None:
         fit(tmp_path, module, callback)
         grads = {name: parameter.grad for name, parameter in module.named_parameters()}
         runs.append((weights_of(module), grads, callback.radii))
-    assert_identical(runs[0], runs[1])
+    assert_same(runs[0], runs[1])
 
 
 class LossParallel(pl.LightningModule):
@@ -701,7 +702,7 @@ class LossParallel(pl.LightningModule):
 
 def radii_of_loss_parallel(folder: Path, **settings: Any) -> dict[str, float]:
     callback = TPGMCallback(Blobs().val_dataloader())
-    trainer = quiet_trainer(folder, **{"callbacks": [callback], "use_distributed_sampler": False, **settings})
+    trainer = trainer_in(folder, **{"callbacks": [callback], "use_distributed_sampler": False, **settings})
     trainer.fit(LossParallel(), Blobs().train_dataloader())
     return callback.radii
 
@@ -736,7 +737,7 @@ def test_a_resumed_run_says_how_much_of_a_stream_it_draws_again(
 
     def run(epochs: int, ckpt_path: Path | None = None) -> pl.Trainer:
         callback = TPGMCallback(DataLoader(Stream(), 8))
-        trainer = quiet_trainer(tmp_path, limit_val_batches=0, max_epochs=epochs, callbacks=[callback])
+        trainer = trainer_in(tmp_path, limit_val_batches=0, max_epochs=epochs, callbacks=[callback])
         trainer.fit(Classifier(), Blobs(), ckpt_path=ckpt_path)
         return trainer
 

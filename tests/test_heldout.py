@@ -34,7 +34,8 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_tpgm import TPGMCallback
 from lightning_tpgm.callbacks import heldout
 from lightning_tpgm.callbacks.heldout import HeldOutBatches, held_out_batches, rebuild_loader, resolve_loader
-from zoo import CLASSES, FEATURES, Blobs, Classifier, assert_identical, blobs, quiet_trainer
+from properties import assert_same
+from toys import CLASSES, FEATURES, Blobs, Classifier, blobs, trainer_in
 
 # Python 3.12 warns of every fork of a process with threads, and torch has some.
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -208,7 +209,7 @@ def test_resumes_exactly_at_every_position(make: Callable[[], Any]) -> None:
         resumed = two_loaders(make)
         resumed.seed = 999
         resumed.load_state_dict(state)
-        assert_identical([tuple(batch) for batch in drawn(resumed, 16 - position)], expected[position:])
+        assert_same([tuple(batch) for batch in drawn(resumed, 16 - position)], expected[position:])
         assert resumed.state_dict() == uninterrupted.state_dict()
 
 
@@ -242,7 +243,7 @@ def test_resumes_exactly_with_workers() -> None:
     state = uninterrupted.state_dict()
     resumed = make()
     resumed.load_state_dict(state)
-    assert_identical([tuple(b) for b in drawn(resumed, 2)], [tuple(b) for b in drawn(uninterrupted, 2)])
+    assert_same([tuple(b) for b in drawn(resumed, 2)], [tuple(b) for b in drawn(uninterrupted, 2)])
 
 
 @forks
@@ -258,7 +259,7 @@ def test_workers_end_with_the_fit(end: str, tmp_path: Path) -> None:
 
     running: list[int] = []
     loader = DataLoader(blobs(64), batch_size=8, num_workers=1)
-    trainer = quiet_trainer(tmp_path, callbacks=[TPGMCallback(loader), Stop()])
+    trainer = trainer_in(tmp_path, callbacks=[TPGMCallback(loader), Stop()])
     gc.collect()
     gc.disable()
     try:
@@ -443,7 +444,7 @@ def test_function_is_called_once_and_not_before_it_is_needed(tmp_path: Path) -> 
         return Blobs().val_dataloader()
 
     callback = TPGMCallback(factory)
-    trainer = quiet_trainer(tmp_path, max_epochs=3, callbacks=[callback])
+    trainer = trainer_in(tmp_path, max_epochs=3, callbacks=[callback])
     trainer.fit(Classifier(), Blobs())
     assert moments == [(True, 0)]  # in the first optimizer step
 
@@ -484,7 +485,7 @@ def fit_two_epochs(tmp_path: Path, module: pl.LightningModule, *data: Any, **set
     callback = TPGMCallback()
     # validation itself would write into the lists, too
     settings = {"max_epochs": 2, "num_sanity_val_steps": 0, "check_val_every_n_epoch": 9, **settings}
-    quiet_trainer(tmp_path, callbacks=[callback], **settings).fit(module, *data)
+    trainer_in(tmp_path, callbacks=[callback], **settings).fit(module, *data)
     return callback
 
 
@@ -563,7 +564,7 @@ def test_default_loader_shuffles_and_leaves_the_validation_loader_alone(tmp_path
         seen.append(batch[0][:, 0].tolist())
         return Classifier.loss(pl_module, batch)
 
-    quiet_trainer(tmp_path, max_epochs=2, callbacks=[TPGMCallback(loss=own_loss)]).fit(module, data)
+    trainer_in(tmp_path, max_epochs=2, callbacks=[TPGMCallback(loss=own_loss)]).fit(module, data)
     assert orders["eval"] == in_order * 3  # a sanity check and two validations
     assert [len(batch) for batch in seen] == [8] * 8
     passes = [seen[i] + seen[i + 1] for i in range(0, 8, 2)]
@@ -576,7 +577,7 @@ def test_default_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
 
     def first_batches(seed: int, state: dict[str, int] | None = None) -> tuple[list[Any], dict[str, int]]:
         torch.manual_seed(seed)
-        trainer, module = quiet_trainer(tmp_path, limit_train_batches=0), Classifier()
+        trainer, module = trainer_in(tmp_path, limit_train_batches=0), Classifier()
         trainer.fit(module, Blobs(val=64))
         torch.rand(seed)
         batches = held_out_batches(trainer, module, None, state)
@@ -585,10 +586,10 @@ def test_default_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
     one, state = first_batches(1)
     again, _ = first_batches(1)
     other, _ = first_batches(2)
-    assert_identical(again, one)
+    assert_same(again, one)
     assert not torch.equal(other[0][0], one[0][0])
     at_the_start = {**state, "drawn": 0, "passes": 0, "position": 0}
-    assert_identical(first_batches(2, at_the_start)[0], one)
+    assert_same(first_batches(2, at_the_start)[0], one)
 
 
 @pytest.mark.parametrize("use_distributed_sampler", [True, False])
@@ -596,7 +597,7 @@ def test_default_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
 def test_every_process_has_its_share(given: bool, use_distributed_sampler: bool, tmp_path: Path) -> None:
     """A loader of the user is shared out if the trainer shares out loaders; the callback's own one always."""
     module, data = Classifier(), Blobs()
-    trainer = quiet_trainer(tmp_path, limit_train_batches=0)
+    trainer = trainer_in(tmp_path, limit_train_batches=0)
     trainer.fit(module, data)
     shares = []
     for rank in range(2):
@@ -664,7 +665,7 @@ def test_position_survives_in_the_checkpoint(tmp_path: Path) -> None:
 
         torch.manual_seed(seed)
         callback = TPGMCallback(loss=own_loss, radius_steps=2)
-        trainer = quiet_trainer(tmp_path, max_epochs=epochs, callbacks=[callback])
+        trainer = trainer_in(tmp_path, max_epochs=epochs, callbacks=[callback])
         trainer.fit(Classifier(), Blobs(val=24), ckpt_path=ckpt_path)
         return trainer, seen
 
@@ -673,11 +674,11 @@ def test_position_survives_in_the_checkpoint(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     _, second = run(2, seed=7, ckpt_path=tmp_path / "one.ckpt")
     assert len(expected) == 16
-    assert_identical(first + second, expected)
+    assert_same(first + second, expected)
 
 
 def test_private_parts_of_lightning_that_are_used_exist(tmp_path: Path) -> None:
-    trainer, module = quiet_trainer(tmp_path), Classifier()
+    trainer, module = trainer_in(tmp_path), Classifier()
     assert trainer._accelerator_connector.use_distributed_sampler is True
     assert trainer._logger_connector._current_fx is None
     results = trainer.fit_loop.epoch_loop._results

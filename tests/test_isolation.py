@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader
 from lightning_tpgm import TPGMCallback, WiSEFTCallback
 from lightning_tpgm.callbacks.isolation import Isolation, no_trace
 from lightning_tpgm.callbacks.weights import SMALL
-from zoo import FEATURES, Blobs, Classifier, assert_identical, quiet_trainer
+from properties import assert_same
+from toys import FEATURES, Blobs, Classifier, trainer_in
 
 WIDE = SMALL // FEATURES + 1  # a layer that is too large to be copied without a reason
 
@@ -39,7 +40,7 @@ class Bare(pl.LightningModule):
 
 
 def evaluate(module: pl.LightningModule, action: Callable[[], Any], times: int = 3, **kwargs: Any) -> Isolation:
-    isolation, trainer = Isolation(), quiet_trainer(Path(), **kwargs)
+    isolation, trainer = Isolation(), trainer_in(Path(), **kwargs)
     for _ in range(times):
         with isolation.no_trace(trainer, module):
             action()
@@ -103,10 +104,10 @@ def test_teacher_is_put_back(update: Any, width: int, hidden: bool, tmp_path: Pa
     others = ["backbone.*", "head.*", "student.*", "frozen.*", *([] if hidden else ["teacher.*"])]
     for callbacks in ([], [TPGMCallback(exclude=others, radius_steps=2)]):
         module = Teaching(update, width, hidden)
-        quiet_trainer(tmp_path, callbacks=callbacks).fit(module, Blobs())
+        trainer_in(tmp_path, callbacks=callbacks).fit(module, Blobs())
         teacher = module.teacher[0] if hidden else module.teacher
         runs.append([dict(module.state_dict()), dict(teacher.state_dict())])
-    assert_identical(*runs)
+    assert_same(*runs)
 
 
 def test_averaged_model_is_put_back(tmp_path: Path) -> None:
@@ -123,9 +124,9 @@ def test_averaged_model_is_put_back(tmp_path: Path) -> None:
     runs = []
     for callbacks in ([], [TPGMCallback(exclude=["backbone.*", "head.*", "average.*"])]):
         module = Averaging()
-        quiet_trainer(tmp_path, callbacks=callbacks).fit(module, Blobs())
+        trainer_in(tmp_path, callbacks=callbacks).fit(module, Blobs())
         runs.append(dict(module.state_dict()))
-    assert_identical(*runs)
+    assert_same(*runs)
 
 
 class Sizes(TorchDispatchMode):
@@ -142,7 +143,7 @@ class Sizes(TorchDispatchMode):
 def test_what_does_not_change_is_not_copied() -> None:
     module = Teaching(in_place, WIDE)
     step = [torch.randn(2, FEATURES), torch.zeros(2, dtype=torch.long)]
-    isolation, trainer = Isolation(), quiet_trainer(Path())
+    isolation, trainer = Isolation(), trainer_in(Path())
     changing = sum(parameter.numel() for parameter in module.teacher.parameters())
     for _ in range(3):
         with Sizes() as sizes, isolation.no_trace(trainer, module, list(module.student.parameters())):
@@ -194,7 +195,7 @@ def test_batch_norm_in_train_mode_is_put_back() -> None:
     module.norm = nn.BatchNorm1d(SMALL + 1)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     evaluate(module, lambda: module.norm.train()(torch.randn(2, SMALL + 1)))
-    assert_identical(dict(module.state_dict()), dict(before))
+    assert_same(dict(module.state_dict()), dict(before))
 
 
 def test_compiled_functions_stay_compiled() -> None:
@@ -323,12 +324,12 @@ def test_sparse_tensors_are_trained_with(layout: str, make: Any, tmp_path: Path)
             return super().loss((self.listed[0] @ (self.attribute @ (self.adjacency @ x)), y))
 
     module = Graph()
-    quiet_trainer(tmp_path, callbacks=[make()]).fit(module, Blobs())
+    trainer_in(tmp_path, callbacks=[make()]).fit(module, Blobs())
     assert torch.equal(module.adjacency.to_dense(), torch.eye(8))
 
 
 def test_should_stop_is_put_back(tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path)
+    trainer = trainer_in(tmp_path)
     with no_trace(trainer, Bare()):
         trainer.should_stop = True
     assert trainer.should_stop is False
@@ -380,7 +381,7 @@ def test_an_attribute_that_is_costly_is_named_once(monkeypatch: pytest.MonkeyPat
 
 
 def test_submodules_that_come_between_evaluations_are_seen() -> None:
-    module, isolation, trainer = Bare(), Isolation(), quiet_trainer(Path())
+    module, isolation, trainer = Bare(), Isolation(), trainer_in(Path())
     module.layer = nn.Sequential(nn.Dropout(0.5))
     for added in (nn.BatchNorm1d(2), nn.Dropout(0.1)):
         with isolation.no_trace(trainer, module):
@@ -399,7 +400,7 @@ def test_submodules_that_come_between_evaluations_are_seen() -> None:
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
 def test_logger_keeps_its_folders_and_writes_nothing(kind: Any, tmp_path: Path) -> None:
     logger = kind(tmp_path, name="mine", version="v1")
-    trainer = quiet_trainer(tmp_path, logger=logger)
+    trainer = trainer_in(tmp_path, logger=logger)
     expected = (trainer.log_dir, logger.log_dir, logger.save_dir, logger.root_dir, logger.name, logger.version)
     with no_trace(trainer, Bare()):
         silent = trainer.logger
@@ -438,6 +439,6 @@ class TakesAll(Classifier):
 
 @pytest.mark.parametrize(("kind", "prefix"), [(OwnLog, ""), (OwnLogDict, ""), (TakesAll, "mine/")])
 def test_own_log_of_a_module_gets_what_it_takes(kind: Any, prefix: str, tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, callbacks=[TPGMCallback(DataLoader(Blobs().val, 8))])
+    trainer = trainer_in(tmp_path, callbacks=[TPGMCallback(DataLoader(Blobs().val, 8))])
     trainer.fit(kind(), Blobs())
     assert f"{prefix}tpgm/heldout_loss" in trainer.callback_metrics

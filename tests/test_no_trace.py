@@ -24,7 +24,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, Mul
 
 from lightning_tpgm import TPGMCallback
 from lightning_tpgm.callbacks.isolation import no_trace
-from zoo import CLASSES, FEATURES, Blobs, Counted, assert_identical, blobs, quiet_trainer, seed_everything
+from properties import assert_same
+from toys import CLASSES, FEATURES, Blobs, Counted, blobs, seed_everything, trainer_in
 
 BATCH_SIZE = 8
 
@@ -244,7 +245,7 @@ def run(tmp_path: Path, *callbacks: pl.Callback) -> tuple[Busy, list[Any], str]:
     seed_everything(1)
     module, recorder = Busy(), Recorder()
     logger = CSVLogger(tmp_path)
-    trainer = quiet_trainer(tmp_path, max_epochs=2, logger=logger, callbacks=[*callbacks, recorder])
+    trainer = trainer_in(tmp_path, max_epochs=2, logger=logger, callbacks=[*callbacks, recorder])
     data = Blobs()
     with suppress(Interruption, SystemExit, MisconfigurationException):  # the last: the first with likely causes
         trainer.fit(module, DataLoader(data.train, BATCH_SIZE, shuffle=True), DataLoader(data.val, BATCH_SIZE))
@@ -278,7 +279,7 @@ def test_run_is_identical_to_one_without_the_callback(
     _, expected_moments, expected_file = without
     assert len(expected_moments) == 11
     for moment, (found, expected) in enumerate(zip(moments, expected_moments, strict=True)):
-        assert_identical(found, expected, f"moment {moment}")
+        assert_same(found, expected, f"moment {moment}")
     assert users_rows(metrics_file) == users_rows(expected_file)
     assert len(users_rows(expected_file)) > 16
     assert "train_direct" in metrics_file
@@ -293,7 +294,7 @@ def test_default_loader_leaves_no_trace(without: tuple[Busy, list[Any], str], tm
     With ``log="none"`` the metrics file is the same to the byte.
     """
     _, moments, metrics_file = run(tmp_path, TPGMCallback(exclude=all_but_unused(), log="none"))
-    assert_identical(moments, without[1])
+    assert_same(moments, without[1])
     assert metrics_file == without[2]
 
 
@@ -328,7 +329,7 @@ def test_step_that_raises_leaves_no_trace(exception: type[BaseException], tmp_pa
     _, moments, metrics_file = run(tmp_path / "with", callback)
     _, expected_moments, expected_file = run(tmp_path / "without", RaisesAfterFirstStep(exception))
     assert len(expected_moments) == 2
-    assert_identical(moments, expected_moments)
+    assert_same(moments, expected_moments)
     assert metrics_file == expected_file
 
 
@@ -341,7 +342,7 @@ def test_step_that_raises_in_the_loader_leaves_no_trace(exception: type[BaseExce
     callback = TPGMCallback(interrupted_loader, exclude=all_but_unused())
     _, moments, metrics_file = run(tmp_path / "with", callback)
     _, expected_moments, expected_file = run(tmp_path / "without", RaisesAfterFirstStep(exception))
-    assert_identical(moments, expected_moments)
+    assert_same(moments, expected_moments)
     assert metrics_file == expected_file
 
 
@@ -357,7 +358,7 @@ class Bare(pl.LightningModule):
 
 
 def inside_no_trace(module: pl.LightningModule, action: Callable[[], Any], tmp_path: Path) -> None:
-    with no_trace(quiet_trainer(tmp_path), module):
+    with no_trace(trainer_in(tmp_path), module):
         action()
 
 
@@ -402,16 +403,16 @@ def test_metrics_are_empty_inside_and_restored(tmp_path: Path) -> None:
     for one in (module, twin):
         one.metrics.update(probabilities, y)
     states = module.metrics["auroc"].preds
-    assert_identical(states, twin.metrics["auroc"].preds)  # looking at a member changes the collection
+    assert_same(states, twin.metrics["auroc"].preds)  # looking at a member changes the collection
     inside_no_trace(module, change, tmp_path)
-    assert_identical(everything_in(module), everything_in(twin))
+    assert_same(everything_in(module), everything_in(twin))
     assert vars(module.metrics["auroc"])["preds"] is states
     computed = []
     for one in (module, twin):
         one.metrics.update(probabilities.roll(1, 0), y)
         computed.append([one.metrics.compute(), one.metrics["recall"].compute()])
-    assert_identical(*computed)
-    assert_identical(everything_in(module), everything_in(twin))
+    assert_same(*computed)
+    assert_same(everything_in(module), everything_in(twin))
 
 
 def test_every_module_is_in_eval_mode_inside_and_flags_are_put_back_one_by_one(tmp_path: Path) -> None:
@@ -440,7 +441,7 @@ def test_module_says_itself_what_stays_in_train_mode(wrapped: bool, tmp_path: Pa
             super().on_validation_model_eval()
             self.scaler.train()
 
-    module, trainer = Particular(), quiet_trainer(tmp_path)
+    module, trainer = Particular(), trainer_in(tmp_path)
     trainer.strategy.model = whole = nn.Sequential(module) if wrapped else module  # wrapped as DDP does it
     module.trainer = trainer
     with no_trace(trainer, module):
@@ -479,7 +480,7 @@ def test_generators_are_put_back_after_an_exception(tmp_path: Path) -> None:
     before = random_states()
     with pytest.raises(Interruption):
         inside_no_trace(Bare(), change, tmp_path)
-    assert_identical(random_states(), before)
+    assert_same(random_states(), before)
 
 
 class Inner(pl.LightningModule):
@@ -544,12 +545,12 @@ def test_nested_module_logs_nothing(tmp_path: Path) -> None:
         values = LoggedValues()
         module = Outer()
         own = dict(vars(module.inner))
-        quiet_trainer(tmp_path, callbacks=[*callbacks, values]).fit(module, Blobs().train_dataloader())
+        trainer_in(tmp_path, callbacks=[*callbacks, values]).fit(module, Blobs().train_dataloader())
         logged.append(values.values)
         assert "log" not in vars(module)
         assert vars(module.inner)["log"] is own["log"]
     assert len(logged[0]) == 4
-    assert_identical(logged[1], logged[0])
+    assert_same(logged[1], logged[0])
 
 
 def test_own_log_of_an_instance_is_put_back(tmp_path: Path) -> None:
@@ -578,5 +579,5 @@ def test_script_module_is_restored(tmp_path: Path) -> None:
 
     before = {name: buffer.clone() for name, buffer in traced.named_buffers()}
     inside_no_trace(module, change, tmp_path)
-    assert_identical(dict(traced.named_buffers()), before)
+    assert_same(dict(traced.named_buffers()), before)
     assert traced.training

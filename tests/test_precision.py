@@ -12,7 +12,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from lightning_tpgm import TPGMCallback
-from zoo import Blobs, Classifier, assert_identical, assert_inside_balls, classifier_loss, quiet_trainer, weights_of
+from properties import assert_inside_balls, assert_same
+from toys import Blobs, Classifier, classifier_loss, trainer_in, weights_of
 
 SCALE = 2.0**12
 
@@ -28,7 +29,7 @@ def precision_settings(precision: str) -> dict[str, Any]:
 def fit(tmp_path: Path, module: Classifier, precision: str, callback: TPGMCallback, **more: Any) -> dict[str, Tensor]:
     """Four steps; the weights after them."""
     settings = {**precision_settings(precision), "limit_val_batches": 0, "callbacks": [callback], **more}
-    quiet_trainer(tmp_path, **settings).fit(module, Blobs())
+    trainer_in(tmp_path, **settings).fit(module, Blobs())
     return weights_of(module)
 
 
@@ -124,12 +125,12 @@ def test_scaler_is_left_alone(tmp_path: Path) -> None:
     for callbacks in ([TPGMCallback(loss=too_large_a_gradient)], []):
         scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=3)
         plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
-        trainer = quiet_trainer(tmp_path, limit_val_batches=0, plugins=[plugin], callbacks=callbacks)
+        trainer = trainer_in(tmp_path, limit_val_batches=0, plugins=[plugin], callbacks=callbacks)
         with pytest.warns(UserWarning, match="not finite") if callbacks else nullcontext():
             trainer.fit(Classifier(), Blobs())
         states.append(scaler.state_dict())
     assert states[1]["scale"] == 2 * SCALE
-    assert_identical(states[0], states[1])
+    assert_same(states[0], states[1])
 
 
 # --- manual optimization ---
@@ -156,7 +157,7 @@ def test_manual_optimization_equals_automatic(precision: str, tmp_path: Path) ->
         callback = TPGMCallback(loss=classifier_loss, radius_steps=2)
         weights = fit(tmp_path, module, precision, callback)
         runs.append([weights, callback.radii, callback.distances])
-    assert_identical(runs[0], runs[1])
+    assert_same(runs[0], runs[1])
 
 
 def test_casts_that_autocast_has_cached_are_not_used(tmp_path: Path) -> None:
@@ -177,4 +178,4 @@ def test_casts_that_autocast_has_cached_are_not_used(tmp_path: Path) -> None:
         callback = TPGMCallback(loss=classifier_loss, radius_steps=2)
         weights = fit(tmp_path, OwnRegion(cache_enabled), "32-true", callback)
         runs.append([weights, callback.radii, callback.distances])
-    assert_identical(runs[0], runs[1])
+    assert_same(runs[0], runs[1])

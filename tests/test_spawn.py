@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from zoo import assert_identical
+from properties import assert_same
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the processes talk through gloo on Linux"),
@@ -56,4 +56,4 @@ def test_processes_started_as_functions(loading: str, rows: list[list[int]], tmp
     saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
     (state,) = (state for key, state in saved["callbacks"].items() if key.startswith("TPGMCallback"))
     radii = state["method"]["radii"]
-    assert_identical(dict(zip(radii["names"], radii["value"].tolist(), strict=True)), ranks[0]["radii"])
+    assert_same(dict(zip(radii["names"], radii["value"].tolist(), strict=True)), ranks[0]["radii"])

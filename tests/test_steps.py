@@ -17,18 +17,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_tpgm import FTPCallback, SPDCallback, TPGMCallback
-from zoo import (
-    CLASSES,
-    AfterEachStep,
-    Blobs,
-    Classifier,
-    assert_identical,
-    assert_inside_balls,
-    classifier_loss,
-    quiet_trainer,
-    row_distances,
-    weights_of,
-)
+from properties import assert_inside_balls, assert_same, row_distances
+from toys import CLASSES, AfterEachStep, Blobs, Classifier, classifier_loss, trainer_in, weights_of
 
 
 class Watch(pl.Callback):
@@ -70,7 +60,7 @@ def watched_fit(
     callback = TPGMCallback(loss=lambda pl_module, batch: watch.loss(pl_module, batch), **tpgm)
     watch = Watch(callback)
     callbacks = [watch, callback, AfterEachStep(watch.left), *settings.pop("callbacks", [])]
-    quiet_trainer(tmp_path, **{"limit_val_batches": 0, **settings}, callbacks=callbacks).fit(module, data or Blobs())
+    trainer_in(tmp_path, **{"limit_val_batches": 0, **settings}, callbacks=callbacks).fit(module, data or Blobs())
     return callback, watch
 
 
@@ -78,7 +68,7 @@ def assert_projected_after_every_step(watch: Watch, callback: TPGMCallback) -> N
     """Between the steps nobody moves a weight; after each one the callback did, if only towards the anchor."""
     projections = 0
     for step, following in zip(watch.steps, watch.steps[1:], strict=False):
-        assert_identical(following["before"], step["left"])
+        assert_same(following["before"], step["left"])
     for step in watch.steps:
         assert step.keys() == {"before", "stepped", "left"}
         for name in callback.radii:
@@ -159,7 +149,7 @@ def test_training_step_that_skips_its_batch(tmp_path: Path) -> None:
 
     callback, watch = watched_fit(tmp_path, Module())
     assert watch.evaluations == [1] * 4
-    assert_identical(watch.steps[2]["stepped"], watch.steps[2]["before"])
+    assert_same(watch.steps[2]["stepped"], watch.steps[2]["before"])
     assert_projected_after_every_step(watch, callback)
 
 
@@ -203,12 +193,12 @@ def test_fused_step_that_a_gradient_scaler_skips(tmp_path: Path) -> None:
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**8))
     callback, watch = watched_fit(tmp_path, Module(), tpgm={"radius_lr": 1e-6}, plugins=[plugin])
     assert watch.evaluations == [1] * 4
-    assert_identical(weights[0], start)
+    assert_same(weights[0], start)
     assert states[0]["radii"]["value"].isnan().all()  # the radii begin with the first step that is made
     for radius, (name, weight) in zip(states[1]["radii"]["value"], watch.steps[1]["stepped"].items(), strict=True):
         assert radius == pytest.approx(float(row_distances(weight, start[name], "mars").min()) / 2, abs=3e-6)
     torch.testing.assert_close(weights[2], weights[1])
-    assert_identical(states[2]["radii"], states[1]["radii"])
+    assert_same(states[2]["radii"], states[1]["radii"])
     assert [state["steps"] for state in states] == [{0: count} for count in (1, 2, 3, 4)]
     assert callback.state_dict()["method"]["radii"]["step"].tolist() == [2] * 4
 
@@ -297,7 +287,7 @@ class GAN(Classifier):
         self.manual_backward(self.head(fake.detach()).square().mean() - self.head(-fake.detach()).mean())
         before = weights_of(self.backbone)
         discriminator.step()
-        assert_identical(weights_of(self.backbone), before)
+        assert_same(weights_of(self.backbone), before)
         generator.zero_grad()
         self.manual_backward(-self.head(fake).mean() if adversarial is None else adversarial)
         generator.step()
@@ -311,7 +301,7 @@ def test_graph_that_outlives_a_step_of_another_optimizer(make: Any, tmp_path: Pa
     """A step leaves other optimizers' weights alone: a graph through them stays valid and its gradient exact."""
     callback, module = make(), GAN()
     start = weights_of(module)
-    quiet_trainer(tmp_path, callbacks=[callback]).fit(module, Blobs())
+    trainer_in(tmp_path, callbacks=[callback]).fit(module, Blobs())
     assert all(not torch.equal(weight, start[name]) for name, weight in weights_of(module).items())
     if hasattr(callback, "radii"):
         assert_inside_balls(module, start, callback.radii)
@@ -320,7 +310,7 @@ def test_graph_that_outlives_a_step_of_another_optimizer(make: Any, tmp_path: Pa
 @pytest.mark.parametrize("callbacks", [[], [TPGMCallback(loss=classifier_loss)]])
 def test_graph_through_stepped_weights_is_refused_by_torch_itself(callbacks: Any, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        quiet_trainer(tmp_path, callbacks=callbacks).fit(GAN(early=True), Blobs())
+        trainer_in(tmp_path, callbacks=callbacks).fit(GAN(early=True), Blobs())
 
 
 def test_manual_optimization_equals_automatic(tmp_path: Path) -> None:
@@ -328,8 +318,8 @@ def test_manual_optimization_equals_automatic(tmp_path: Path) -> None:
     for module in (Manual(together=True), Manual(together=True, raw=True), Classifier()):
         callback, watch = watched_fit(tmp_path, module, tpgm={"radius_steps": 2})
         runs.append([weights_of(module), callback.radii, callback.distances, watch.evaluations])
-    assert_identical(runs[0], runs[2])
-    assert_identical(runs[1], runs[2])
+    assert_same(runs[0], runs[2])
+    assert_same(runs[1], runs[2])
 
 
 def test_optimizer_that_is_stepped_now_and_then(tmp_path: Path) -> None:
@@ -348,7 +338,7 @@ def test_optimizer_that_is_stepped_now_and_then(tmp_path: Path) -> None:
 def test_manual_optimization_needs_a_loss(tmp_path: Path) -> None:
     expected = r"cannot evaluate the training_step of a module with manual optimization.*Pass `loss`: 'validation_step'"
     with pytest.raises(MisconfigurationException, match=expected):
-        quiet_trainer(tmp_path, callbacks=[TPGMCallback()]).fit(Manual(), Blobs())
+        trainer_in(tmp_path, callbacks=[TPGMCallback()]).fit(Manual(), Blobs())
 
 
 class Decaying(torch.optim.SGD):
@@ -368,7 +358,7 @@ def test_step_that_calls_the_inherited_one_counts_once(tmp_path: Path) -> None:
     module = Classifier()
     module.configure_optimizers = lambda: Decaying(module.parameters(), lr=0.1)  # type: ignore[method-assign]
     callback = TPGMCallback()
-    quiet_trainer(tmp_path, callbacks=[callback]).fit(module, Blobs())
+    trainer_in(tmp_path, callbacks=[callback]).fit(module, Blobs())
     assert callback.state_dict()["method"]["radii"]["step"].tolist() == [4] * 4
     assert_inside_balls(module, callback.anchor, callback.radii)
 
@@ -393,7 +383,7 @@ def test_callback_listed_before_sees_projected_weights(tmp_path: Path) -> None:
                 assert_inside_balls(pl_module, callback.anchor, callback.radii)
 
     early, callback = Early(), TPGMCallback()
-    trainer = quiet_trainer(tmp_path, callbacks=[early, callback], val_check_interval=2)
+    trainer = trainer_in(tmp_path, callbacks=[early, callback], val_check_interval=2)
     trainer.fit(Classifier(lr=1.0), Blobs())
     assert early.seen == 4
 
@@ -408,7 +398,7 @@ def test_frozen_parameters_are_ignored(tmp_path: Path) -> None:
     callback, _ = watched_fit(tmp_path, module)
     assert list(callback.radii) == ["head.weight", "head.bias"]
     after = weights_of(module)
-    assert_identical({n: after[n] for n in after if "backbone" in n}, {n: before[n] for n in before if "backbone" in n})
+    assert_same({n: after[n] for n in after if "backbone" in n}, {n: before[n] for n in before if "backbone" in n})
     assert not any(parameter.requires_grad for parameter in module.backbone.parameters())
 
 
@@ -452,10 +442,10 @@ def test_parameters_that_are_unfrozen_later_join_then(tmp_path: Path) -> None:
     finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, backbone_initial_lr=0.1)
     callback = TPGMCallback()
     callbacks = [finetuning, callback, Names()]
-    quiet_trainer(tmp_path, max_epochs=3, callbacks=callbacks).fit(module, Blobs())
+    trainer_in(tmp_path, max_epochs=3, callbacks=callbacks).fit(module, Blobs())
     head, backbone = ["head.weight", "head.bias"], ["backbone.0.weight", "backbone.0.bias"]
     assert names == [head, head, head + backbone]
-    assert_identical({name: callback.anchor[name] for name in start}, start)
+    assert_same({name: callback.anchor[name] for name in start}, start)
     assert callback.state_dict()["method"]["radii"]["step"].tolist() == [12, 12, 4, 4]
     assert all(radius > 0 for radius in callback.radii.values())
     assert_inside_balls(module, start, callback.radii)
@@ -475,13 +465,13 @@ def test_nothing_trainable_yet(tmp_path: Path) -> None:
                 self.unfreeze_and_add_param_group(pl_module.backbone, optimizer, lr=0.1)
 
     callback = TPGMCallback(exclude=["head.*"])
-    quiet_trainer(tmp_path, max_epochs=2, callbacks=[callback, Later()]).fit(TrainableOnly(), Blobs())
+    trainer_in(tmp_path, max_epochs=2, callbacks=[callback, Later()]).fit(TrainableOnly(), Blobs())
     assert list(callback.radii) == ["backbone.0.weight", "backbone.0.bias"]
 
     module = TrainableOnly()
     module.backbone.requires_grad_(False)
     with pytest.raises(MisconfigurationException, match=r"nothing to constrain.*none of them is trainable"):
-        quiet_trainer(tmp_path, callbacks=[TPGMCallback(exclude=["head.*"])]).fit(module, Blobs())
+        trainer_in(tmp_path, callbacks=[TPGMCallback(exclude=["head.*"])]).fit(module, Blobs())
 
 
 # --- after the fit ---
@@ -510,7 +500,7 @@ def test_optimizer_is_left_alone_after_the_fit(end: str, tmp_path: Path) -> None
 
     module, callback = Classifier(), TPGMCallback(loss=own_loss)
     callbacks = [callback, StopInThirdBatch()] if end == "exception" else [callback]
-    trainer = quiet_trainer(tmp_path, callbacks=callbacks)
+    trainer = trainer_in(tmp_path, callbacks=callbacks)
     # of the held-out data it comes with likely causes
     raised = MisconfigurationException if end == "held-out exception" else (Stop, SystemExit)
     with nullcontext() if end == "completed" else pytest.raises(raised):
@@ -525,7 +515,7 @@ def test_optimizer_is_left_alone_after_the_fit(end: str, tmp_path: Path) -> None
         parameter.grad = torch.ones_like(parameter)
     expected = {name: weight.sub(torch.ones_like(weight), alpha=0.1) for name, weight in weights_of(module).items()}
     trainer.optimizers[0].step()
-    assert_identical(weights_of(module), expected)
+    assert_same(weights_of(module), expected)
     assert len(calls) == (4 if end == "completed" else 3)
 
 
@@ -539,5 +529,5 @@ def test_second_fit_acts_once_a_step(tmp_path: Path) -> None:
 
     module, callback = Classifier(), TPGMCallback(loss=own_loss)
     for fits in (1, 2):
-        quiet_trainer(tmp_path, callbacks=[callback]).fit(module, Blobs())
+        trainer_in(tmp_path, callbacks=[callback]).fit(module, Blobs())
         assert len(calls) == 4 * fits

@@ -28,18 +28,8 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_tpgm import TPGMCallback, WiSEFTCallback
 from lightning_tpgm.callbacks.method import MethodCallback
-from zoo import (
-    CLASSES,
-    AfterEachStep,
-    Blobs,
-    Classifier,
-    assert_identical,
-    assert_inside_balls,
-    blobs,
-    quiet_trainer,
-    seed_everything,
-    weights_of,
-)
+from properties import assert_inside_balls, assert_same
+from toys import CLASSES, AfterEachStep, Blobs, Classifier, blobs, seed_everything, trainer_in, weights_of
 
 EMA = getattr(pl_callbacks, "EMAWeightAveraging", None)
 NEEDS_EMA = pytest.mark.skipif(EMA is None, reason="this lightning has no WeightAveraging")
@@ -48,7 +38,7 @@ NEEDS_EMA = pytest.mark.skipif(EMA is None, reason="this lightning has no Weight
 def fit(tmp_path: Path, module: Any, *callbacks: pl.Callback, data: Any = None, **settings: Any) -> pl.Trainer:
     """Two epochs from the same seeds every time."""
     seed_everything(0)
-    trainer = quiet_trainer(tmp_path, **{"max_epochs": 2, "callbacks": list(callbacks), **settings})
+    trainer = trainer_in(tmp_path, **{"max_epochs": 2, "callbacks": list(callbacks), **settings})
     trainer.fit(module, data or Blobs())
     return trainer
 
@@ -217,7 +207,7 @@ def test_module_is_constrained(kind: str, tmp_path: Path) -> None:
     assert len(looks) == 8
     expected = {name: value for name, value in start.items() if value.is_floating_point()}
     assert callback.radii.keys() == expected.keys() >= CONSTRAINED.get(kind, set())
-    assert_identical({name: callback.anchor[name] for name in expected}, expected)
+    assert_same({name: callback.anchor[name] for name in expected}, expected)
     assert all(radius > 0 for radius in callback.radii.values())
     assert all(distance > 0 for distance in callback.distances.values())
 
@@ -237,7 +227,7 @@ def test_module_is_evaluated_without_a_trace(kind: str, tmp_path: Path) -> None:
         return {"module": dict(inner(module).state_dict()), "metrics": metrics, "optimizer": optimizer}
 
     callback = TPGMCallback()
-    assert_identical(run(callback), run())
+    assert_same(run(callback), run())
     assert list(callback.radii) == ["unused"]
     assert callback.state_dict()["method"]["held_out"]["drawn"] == 8
 
@@ -253,7 +243,7 @@ def test_compiled_is_as_not_compiled(tmp_path: Path) -> None:
         torch.testing.assert_close(weights, found["plain"][0], rtol=1e-5, atol=1e-6, msg=lambda m, k=kind: f"{k}: {m}")
         assert radii == pytest.approx(found["plain"][1], rel=1e-4, abs=1e-6)
 
-    trainer = quiet_trainer(tmp_path, callbacks=[callback := TPGMCallback()], max_epochs=3)
+    trainer = trainer_in(tmp_path, callbacks=[callback := TPGMCallback()], max_epochs=3)
     trainer.fit(MODULES["compiled module"](), Blobs(), ckpt_path=tmp_path / "plain.ckpt")
     assert callback.state_dict()["method"]["steps"] == {0: 12}
 
@@ -328,7 +318,7 @@ def test_batch_of_any_kind(kind: str, tmp_path: Path) -> None:
         callback = TPGMCallback()
         fit(tmp_path, module, callback, data=data)
         runs.append([weights_of(module), callback.radii])
-    assert_identical(runs[0], runs[1])
+    assert_same(runs[0], runs[1])
 
 
 # --- trainers ---
@@ -373,7 +363,7 @@ def test_no_epoch_at_all(when: Any, tmp_path: Path) -> None:
     start = weights_of(module)
     trainer = fit(tmp_path, module, callback, max_epochs=0)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    assert_identical(weights_of(module), start)
+    assert_same(weights_of(module), start)
     assert callback.radii == {}
     fit(tmp_path, module, callback)
     assert all(radius > 0 for radius in callback.radii.values())
@@ -426,7 +416,7 @@ def test_tuning_before_the_fit(way: Any, tmp_path: Path) -> None:
     """The trials leave no trace: the fit is the one with what they found from the start."""
     finders = [BatchSizeFinder(steps_per_trial=1, max_trials=2, init_val=2)] if way == "BatchSizeFinder" else []
     module, callback = Resizable(), TPGMCallback()
-    trainer = quiet_trainer(tmp_path, callbacks=[*finders, callback])
+    trainer = trainer_in(tmp_path, callbacks=[*finders, callback])
     if callable(way):
         way(trainer, module)
     seed_everything(0)
@@ -437,9 +427,9 @@ def test_tuning_before_the_fit(way: Any, tmp_path: Path) -> None:
     expected, reference = Resizable(), TPGMCallback()
     expected.batch_size, expected.lr = module.batch_size, module.lr
     seed_everything(0)
-    quiet_trainer(tmp_path, callbacks=[reference]).fit(expected)
-    assert_identical(weights_of(module), weights_of(expected))
-    assert_identical(callback.state_dict(), reference.state_dict())
+    trainer_in(tmp_path, callbacks=[reference]).fit(expected)
+    assert_same(weights_of(module), weights_of(expected))
+    assert_same(callback.state_dict(), reference.state_dict())
 
 
 def largest_radii(seen: list[dict[str, float]]) -> dict[str, float]:
@@ -516,4 +506,4 @@ def test_average_that_would_overwrite_what_a_method_does_at_the_end(
     if first and isinstance(callback, TPGMCallback):
         assert_inside_balls(module, callback.anchor, callback.radii)
     elif first:
-        assert_identical(weights_of(module), weights_of(Classifier()))
+        assert_same(weights_of(module), weights_of(Classifier()))

@@ -1,16 +1,22 @@
-"""A small module with every kind of tensor that is constrained, its data, and a loader that can be stopped anywhere."""
+"""What tests train: `Toy`, with every kind of tensor that is constrained, on images; `Classifier`, on points.
+
+Also their data, quiet trainers, and a loader that can be stopped anywhere.
+"""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 BATCH_SIZE = 4
 
@@ -134,3 +140,110 @@ class StatefulLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+def trainer_in(folder: Path, **settings: Any) -> pl.Trainer:
+    """A quiet trainer whose files, if any are asked for, are in a folder, and whose logs are due at every step."""
+    callbacks = settings.pop("callbacks", None) or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    return quiet_trainer(*callbacks, **{"default_root_dir": folder, "devices": 1, "log_every_n_steps": 1, **settings})
+
+
+# --- points to classify
+
+FEATURES, CLASSES = 6, 3
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and python, without the environment variable that Lightning's function leaves behind."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def blobs(count: int, seed: int = 0) -> TensorDataset:
+    """Clouds of points, one a class, in turn: a linear module learns them."""
+    y = torch.arange(count) % CLASSES
+    noise = torch.randn(count, FEATURES, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(2 * torch.eye(CLASSES, FEATURES)[y] + noise, y)
+
+
+class Blobs(pl.LightningDataModule):
+    """Training and validation points, in a fixed order: 4 and 2 batches."""
+
+    def __init__(self, train: int = 32, val: int = 16, batch_size: int = 8) -> None:
+        super().__init__()
+        self.train, self.val, self.batch_size = blobs(train, seed=1), blobs(val, seed=2), batch_size
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.train, batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.val, batch_size=self.batch_size)
+
+
+class Classifier(pl.LightningModule):
+    """A backbone and a head with always the same initial weights, trained with SGD."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__()
+        self.lr = lr
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.backbone = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh())
+            self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return cross_entropy(self(x), y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("val_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def classifier_loss(pl_module: Classifier, batch: Any) -> Tensor:
+    """A `loss` callable for `Classifier`."""
+    return pl_module.loss(batch)
+
+
+class Counted(Dataset[Any]):
+    """A data set that counts how many of its items were asked for."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset, self.count = dataset, 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        self.count += 1
+        return self.dataset[index]
+
+
+class AfterEachStep(pl.Callback):
+    """Calls a function (trainer, pl_module) after every step of every optimizer, after the callbacks listed before."""
+
+    def __init__(self, function: Callable[[pl.Trainer, pl.LightningModule], None]) -> None:
+        self.function = function
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(lambda *_: self.function(trainer, pl_module))
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters by name."""
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
