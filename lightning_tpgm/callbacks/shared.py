@@ -23,7 +23,7 @@ from lightning_tpgm.pretrained import Pretrained
 class Shared(TypedDict, total=False):
     """Keyword arguments of every callback.
 
-    Args:
+    Attributes:
         exclude: fnmatch patterns over parameter names, for instance ``["head.*"]``; those are not constrained.
         pretrained: Where the anchors come from: the path of a Lightning checkpoint or of a state dict (also
             ``.safetensors``), a mapping, or a module. None: the weights at the start of the fit. Parameters that it
@@ -63,7 +63,7 @@ def write_out_shared(callback: type, constructor: Any, base: Any) -> None:
     written = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=types[p.name]) for p in shared]
     constructor.__signature__ = inspect.Signature([*parameters.values(), *written])
     if callback.__doc__ and Shared.__doc__:
-        explained = Shared.__doc__.partition("    Args:\n")[2].rstrip() + "\n"
+        explained = Shared.__doc__.partition("    Attributes:\n")[2].rstrip() + "\n"
         callback.__doc__ = re.sub(r" {8}shared: .*\n", lambda _: explained, callback.__doc__)
 
 
