@@ -64,6 +64,12 @@ class Bystander(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         pl_module.Unused = nn.Parameter(torch.ones(3))
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Some projects have made their optimizers before; a step acts on its own optimizer's tensors alone."""
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if not any(parameter is pl_module.Unused for group in groups for parameter in group["params"]):
+            groups[0]["params"].append(pl_module.Unused)
+
 
 ALL_BUT_THE_BYSTANDER = ["[!U]*"]
 
@@ -177,7 +183,9 @@ def test_anchors_are_the_weights_at_the_start(case: Case, constrained: Run) -> N
 def test_radii_move(constrained: Run) -> None:
     first, last = constrained.watch.radii[0], constrained.watch.radii[-1]
     assert all(map(isfinite, last.values()))
-    assert sum(last[name] != first[name] for name in last) > 0.75 * len(last)
+    # a convolution's bias before a normalisation has no gradient but rounding noise, which is another on each processor
+    counted = [name for name in last if not name.endswith("conv.bias")]
+    assert sum(last[name] != first[name] for name in counted) > 0.75 * len(counted)
 
 
 def test_constraint_holds_in_a_checkpoint(constrained: Run) -> None:
