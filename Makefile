@@ -11,7 +11,7 @@ PYTEST_TWICE := -n 2 --dist loadgroup
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo benchmark benchmark-quick bench test lint tests slow package docs demo-quick oldest compat env clean distclean
+.PHONY: help demo benchmark benchmark-quick bench test lint tests slow package release docs demo-quick oldest compat env clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST)
@@ -19,14 +19,14 @@ help:  ## list the targets
 demo: $(VENV)/.installed-demo  ## install, then fine-tune the digits example and write its figures
 	$(VENV)/bin/python examples/digits/demo.py
 
-benchmark: $(VENV)/.installed-benchmark  ## all methods on three suites: hours; goes on where it was interrupted. Needs npm
+benchmark: $(VENV)/.installed-benchmark  ## all methods on three suites: hours; goes on where it stopped. Needs npm
 	$(VENV)/bin/python examples/benchmark/prepare.py
 	$(VENV)/bin/python examples/benchmark/benchmark.py
 	$(VENV)/bin/python examples/benchmark/summary.py
 
 benchmark-quick: $(VENV)/.installed-benchmark  ## the same at its smallest, in minutes: that it runs, not what it finds
 	$(VENV)/bin/python examples/benchmark/prepare.py
-	$(VENV)/bin/python examples/benchmark/benchmark.py --seeds 1 --epochs 1 --first --output demo_output/benchmark
+	$(VENV)/bin/python examples/benchmark/benchmark.py --seeds 1 --epochs 1 --questions 1 --output demo_output/benchmark
 	$(VENV)/bin/python examples/benchmark/summary.py --results demo_output/benchmark
 
 bench: $(VENV)/.installed-demo  ## what each method costs, against the floor: about 45 minutes; goes on where it stopped
@@ -56,6 +56,15 @@ package: $(VENV)/.installed-dev $(VENV_PACKAGE)/.installed  ## build, look into 
 	$(VENV_PACKAGE)/bin/python -m pip check
 	cd / && "$(abspath $(VENV_PACKAGE))/bin/python" -I -W error "$(CURDIR)/.ci/check_installed.py"
 
+# Nothing is uploaded: that is a command for whoever may do it.
+release: package  ## build and check a release, print what would be uploaded; fails unless commit and changelog are ready
+	@echo "$(VENV)/bin/python -m twine upload dist/*  # would upload:"
+	@cd dist && wc -c *.whl *.tar.gz | sed '$$d' && sha256sum *.whl *.tar.gz
+	@test -z "$$(git status --porcelain)" || { echo "Not yet: there are uncommitted changes."; exit 1; }
+	@version=$$($(VENV)/bin/python -c "import lightning_tpgm; print(lightning_tpgm.__version__)"); \
+	grep -Eq "^## \[$$version\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$" CHANGELOG.md || \
+		{ echo "Not yet: CHANGELOG.md has no section '## [$$version] - YYYY-MM-DD'."; exit 1; }
+
 # Not --quiet: it would keep warnings from being counted.
 docs: $(VENV)/.installed-dev  ## the site, into site/; a warning is an error
 	$(VENV)/bin/mkdocs build --strict
@@ -69,6 +78,7 @@ oldest: $(VENV_OLDEST)/.installed  ## the tests against the oldest supported lig
 compat: $(VENV_COMPAT)/.installed  ## modules of other projects, and the example with a transformer
 	$(VENV_COMPAT)/bin/pytest compat
 	$(VENV_COMPAT)/bin/pytest tests/test_examples.py -k text_classifier
+	$(VENV_COMPAT)/bin/pytest tests/test_paper_examples.py
 
 env: $(VENV)/.installed-dev  ## the development environment only
 
@@ -102,8 +112,13 @@ $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt lightning_tpgm/
 	$(VENV_OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[test]'
 	touch $@
 
+# What imports torchvision lies in a folder that compat/conftest.py alone looks into: the usual build of torchvision is
+# made for a torch with CUDA and does not load beside any other, and torchmetrics imports it wherever it is installed.
+# pyproject.toml names what these four need.
 $(VENV_COMPAT)/.installed: pyproject.toml constraints-compat.txt lightning_tpgm/__init__.py | $(VENV_COMPAT)/bin/python
 	$(VENV_COMPAT)/bin/python -m pip install --quiet -c constraints-compat.txt -e '.[compat]'
+	$(VENV_COMPAT)/bin/python -m pip install --quiet -c constraints-compat.txt --no-deps --upgrade \
+		--target $(VENV_COMPAT)/vision anomalib lightly timm torchvision
 	touch $@
 
 # The dependencies without any extra; the wheel itself follows in `package`.

@@ -1,13 +1,18 @@
 """Small training runs of other projects' modules, each as its users write it; the callbacks are all that is added.
 
-Each function fits one project, in the given folder, and returns the Trainer. Projects are imported where they are used.
+Each function fits one project, in the given folder, and returns what its users go on with: the Trainer, or an object of
+the library's own. A `..._again` function predicts with that, saves it, loads it and predicts again, each by the
+library's own means; it returns both predictions. Where a library works on copies of the callbacks, these take their
+places in the list. Projects are imported where they are used.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -200,6 +205,37 @@ def gluonts_deepar(callbacks: list[Any], folder: Path) -> Any:
         trainer_kwargs=options(callbacks, folder),
     )
     return estimator.train_model(data, validation_data=data).trainer
+
+
+def neuralforecast_nhits(callbacks: list[Any], folder: Path) -> Any:
+    """pytorch_lightning; both steps get whole series and split them inside; models are copied, callbacks included."""
+    from neuralforecast import NeuralForecast
+    from neuralforecast.models import NHITS
+
+    frame = series().rename(columns={"group": "unique_id", "time": "ds", "value": "y"}).drop(columns="price")
+    trainer = options(callbacks, folder)
+    del trainer["max_epochs"]  # it counts steps
+    model = NHITS(
+        h=4,
+        input_size=8,
+        mlp_units=[[16, 16]] * 3,
+        max_steps=4 * EPOCHS,
+        val_check_steps=4,
+        learning_rate=1e-3,
+        **trainer,
+    )
+    project = NeuralForecast(models=[model], freq=1)
+    project.fit(frame, val_size=8)
+    callbacks[:] = project.models[0].trainer_kwargs["callbacks"]
+    return project
+
+
+def neuralforecast_nhits_again(project: Any, folder: Path) -> tuple[Any, Any]:
+    from neuralforecast import NeuralForecast
+
+    project.save(str(folder / "saved"), save_dataset=True)
+    found = NeuralForecast.load(str(folder / "saved")).predict()
+    return project.predict()["NHITS"].to_numpy(), found["NHITS"].to_numpy()
 
 
 # ---- tables
@@ -430,3 +466,238 @@ def text_lora(callbacks: list[Any], folder: Path) -> Any:
 
     config = LoraConfig(r=4, lora_dropout=0.1, target_modules=["query", "value"])
     return text_classifier(callbacks, folder, lambda encoder: get_peft_model(encoder, config))
+
+
+# ---- single cells
+
+
+def cells(seed: int, count: int) -> Any:
+    """Counts of 20 genes in cells of two kinds."""
+    from anndata import AnnData
+
+    rng = np.random.default_rng(seed)
+    rates = np.where(np.arange(20) < 10, 8.0, 1.0)
+    kinds = np.stack([rates, rates[::-1]])
+    return AnnData(rng.poisson(kinds[rng.integers(2, size=count)]).astype(np.float32))
+
+
+def scvi_model(callbacks: list[Any], folder: Path, train_size: float = 0.8) -> Any:
+    """Batches are dicts; the Trainer, its logger and the splits are made in the library; the loss samples."""
+    from scvi import settings
+    from scvi.model import SCVI
+
+    settings.seed = 0  # the split has no other
+    data = cells(0, 100)
+    SCVI.setup_anndata(data)
+    model = SCVI(data, n_hidden=16, n_latent=4)
+    trainer = options(callbacks, folder)
+    model.train(train_size=train_size, batch_size=20, check_val_every_n_epoch=1 if train_size < 1 else None, **trainer)
+    return model
+
+
+def scvi_model_again(model: Any, folder: Path) -> tuple[Any, Any]:
+    model.save(str(folder / "saved"), save_anndata=True)
+    again = type(model).load(str(folder / "saved"), accelerator="cpu")
+    return model.get_latent_representation(), again.get_latent_representation()
+
+
+def scvi_all_cells(callbacks: list[Any], folder: Path) -> Any:
+    """The same without validation data: the data module's hook is there, and returns nothing."""
+    return scvi_model(callbacks, folder, train_size=1.0)
+
+
+def scvi_held_out() -> Any:
+    """A loader of the library's own over other cells."""
+    from scvi.dataloaders import AnnDataLoader
+    from scvi.model import SCVI
+
+    data = cells(1, 20)
+    SCVI.setup_anndata(data)
+    return AnnDataLoader(SCVI(data).adata_manager, batch_size=20)
+
+
+# ---- images without labels
+
+
+def pictures(transform: Any, count: int) -> Any:
+    """Batches of views, labels and names, of noise."""
+    from lightly.data import LightlyDataset
+    from lightly.data.multi_view_collate import MultiViewCollate
+    from torchvision.datasets import FakeData
+
+    data = LightlyDataset.from_torch_dataset(FakeData(count, (3, 32, 32), num_classes=2), transform=transform)
+    return DataLoader(data, batch_size=8, collate_fn=MultiViewCollate(), shuffle=True, drop_last=True)
+
+
+def small_backbone() -> nn.Module:
+    """Ends in 16 features of one pixel, as a ResNet without its head does."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+    )
+
+
+def simclr_pictures(count: int = 16) -> Any:
+    from lightly.transforms.simclr_transform import SimCLRTransform
+
+    return pictures(SimCLRTransform(input_size=32), count)
+
+
+def lightly_simclr(callbacks: list[Any], folder: Path) -> Any:
+    """pytorch_lightning; no validation data; batches are lists of views, labels and names."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+    from pytorch_lightning import LightningModule, Trainer
+
+    class SimCLR(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = small_backbone()
+            self.projection_head = SimCLRProjectionHead(16, 32, 16)
+            self.criterion = NTXentLoss()
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.projection_head(self.backbone(images).flatten(start_dim=1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            (first, second), _, _ = batch
+            return self.criterion(self(first), self(second))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.06)
+
+    trainer = Trainer(**options(callbacks, folder))
+    trainer.fit(SimCLR(), simclr_pictures(4 * 8))
+    return trainer
+
+
+def dino_pictures(count: int = 16) -> Any:
+    from lightly.transforms.dino_transform import DINOTransform
+
+    return pictures(DINOTransform(global_crop_size=32, local_crop_size=16, n_local_views=2), count)
+
+
+def lightly_dino(callbacks: list[Any], folder: Path) -> Any:
+    """The same with a teacher that the step itself moves, a loss with a moving centre, and a last layer that rests."""
+    from lightly.loss import DINOLoss
+    from lightly.models.modules import DINOProjectionHead
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+    from lightly.utils.scheduler import cosine_schedule
+    from pytorch_lightning import LightningModule, Trainer
+
+    class DINO(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student_backbone = small_backbone()
+            self.student_head = DINOProjectionHead(16, 32, 16, 64, freeze_last_layer=1)
+            self.teacher_backbone = copy.deepcopy(self.student_backbone)
+            self.teacher_head = DINOProjectionHead(16, 32, 16, 64)
+            deactivate_requires_grad(self.teacher_backbone)
+            deactivate_requires_grad(self.teacher_head)
+            self.criterion = DINOLoss(output_dim=64, warmup_teacher_temp_epochs=5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.student_head(self.student_backbone(images).flatten(start_dim=1))
+
+        def forward_teacher(self, images: Tensor) -> Tensor:
+            return self.teacher_head(self.teacher_backbone(images).flatten(start_dim=1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            momentum = cosine_schedule(self.current_epoch, EPOCHS, 0.996, 1)
+            update_momentum(self.student_backbone, self.teacher_backbone, m=momentum)
+            update_momentum(self.student_head, self.teacher_head, m=momentum)
+            views, _, _ = batch
+            taught = [self.forward_teacher(view) for view in views[:2]]
+            return self.criterion(taught, [self(view) for view in views], epoch=self.current_epoch)
+
+        def on_after_backward(self) -> None:
+            self.student_head.cancel_last_layer_gradients(current_epoch=self.current_epoch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=0.001)
+
+    trainer = Trainer(**options(callbacks, folder))
+    trainer.fit(DINO(), dino_pictures(4 * 8))
+    return trainer
+
+
+def lightly_again(trainer: Any, folder: Path) -> tuple[Any, Any]:
+    module, images = trainer.lightning_module, torch.rand(8, 3, 32, 32)
+    trainer.save_checkpoint(folder / "saved.ckpt")
+    again = type(module).load_from_checkpoint(folder / "saved.ckpt", weights_only=True)
+    loader = DataLoader(images, batch_size=4)
+    return trainer.predict(module, loader), trainer.predict(again, loader)
+
+
+# ---- anomalies in images
+
+
+def no_downloads() -> Any:
+    """Teachers have random weights: nothing is taken from a model hub."""
+    import timm
+
+    create = timm.create_model
+    return patch.object(timm, "create_model", lambda *args, **more: create(*args, **{**more, "pretrained": False}))
+
+
+SIZE = (32, 32)
+
+
+def anomalib_fit(name: str, callbacks: list[Any], folder: Path) -> Any:
+    """Batches are dataclasses; callbacks of the module's own resize and normalise them; one forward a mode."""
+    from anomalib import models
+    from anomalib.data import Folder
+    from anomalib.engine import Engine
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for kind, count in {"normal": 20, "abnormal": 8}.items():
+        (folder / kind).mkdir()
+        for i in range(count):
+            picture = rng.integers(100, size=(40, 40, 3), dtype=np.uint8)
+            picture[:8] += 100 * (kind == "abnormal")
+            Image.fromarray(picture).save(folder / kind / f"{i}.png")
+    data = Folder(
+        "made_up",
+        normal_dir=folder / "normal",
+        abnormal_dir=folder / "abnormal",
+        normal_split_ratio=0.2,
+        train_batch_size=4,
+        eval_batch_size=4,
+        num_workers=0,
+        seed=0,
+    )
+    family = getattr(models, name)
+    with no_downloads():
+        model = family(backbone="resnet18", pre_processor=family.configure_pre_processor(SIZE), visualizer=False)
+    engine = Engine(**options(callbacks, folder / "results"))
+    engine.fit(model, datamodule=data)
+    return engine
+
+
+def anomalib_stfpm(callbacks: list[Any], folder: Path) -> Any:
+    """The student's teacher is frozen; in eval mode both are asked for anomaly maps alone."""
+    return anomalib_fit("Stfpm", callbacks, folder)
+
+
+def anomalib_reverse_distillation(callbacks: list[Any], folder: Path) -> Any:
+    """The teacher needs no gradient, but its parameters are not frozen: the optimizer does not have them."""
+    return anomalib_fit("ReverseDistillation", callbacks, folder)
+
+
+def anomalib_again(engine: Any, folder: Path) -> tuple[Any, Any]:
+    from anomalib.data import PredictDataset
+
+    pictures, family = PredictDataset(path=folder / "abnormal"), type(engine.model)
+    with no_downloads():
+        # it is no part of the checkpoint, and decides on the size of the maps
+        pre_processor = family.configure_pre_processor(SIZE)
+        again = family.load_from_checkpoint(engine.best_model_path, pre_processor=pre_processor)
+    scores = [engine.predict(model, dataset=pictures, return_predictions=True) for model in (engine.model, again)]
+    first, second = [torch.cat([batch.pred_score for batch in found]) for found in scores]
+    return first, second

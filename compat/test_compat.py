@@ -1,4 +1,4 @@
-"""Other projects' modules, trained with `TPGMCallback()` added and nothing else changed.
+"""Other projects' modules, trained with `TPGMCallback()` added and nothing else changed; `Case.more` has exceptions.
 
 Each project is fitted three times from the same seed: with the callback; as it is; and with a callback that evaluates
 the held-out loss after every step but constrains only a parameter that nothing uses. The last two must not differ.
@@ -32,15 +32,23 @@ class Case(NamedTuple):
     """A project to fit, and what is known of it.
 
     Args:
-        fit: Fits it with these callbacks in a folder and returns the Trainer.
-        val_loss: The name under which it logs the validation loss, if it does.
+        fit: Fits it with these callbacks in a folder and returns what its users go on with.
+        val_loss: The name under which it logs the validation loss, if it does and the loss is no random one.
         zeros: Pattern over the names of parameters that start at zero.
+        more: Arguments of `TPGMCallback` that its users have to give.
+        idle: Patterns over the names of parameters that want a gradient, and that the loss or the optimizer leaves out.
+        again: Given what `fit` returned and the folder, predicts, saves, loads and predicts again.
     """
 
     fit: Callable[[list[Any], Path], Any]
     val_loss: str | None = "val_loss"
     zeros: str | None = None
+    more: Mapping[str, Any] = {}  # a NamedTuple's default
+    idle: tuple[str, ...] = ()
+    again: Callable[[Any, Path], tuple[Any, Any]] | None = None
 
+
+SCVI_IDLE = ("module.l_encoder.*", "module.decoder.px_r_decoder.*")  # of other kinds of this model
 
 CASES = [
     Case(projects.demo_boring, val_loss=None),
@@ -49,12 +57,43 @@ CASES = [
     Case(projects.chemprop_mpnn),
     Case(projects.forecasting_tft),
     Case(projects.gluonts_deepar),
+    Case(
+        projects.neuralforecast_nhits,
+        val_loss="ptl/val_loss",
+        more={"loss": "validation_step"},
+        again=projects.neuralforecast_nhits_again,
+    ),
     Case(projects.tabular_category_embedding, val_loss="valid_loss"),
     Case(projects.pina_pinn),
     Case(projects.geometric_gin),
     Case(projects.monai_unet),
     Case(projects.text_classifier),
     Case(projects.text_lora, zeros="*.lora_B.*"),
+    Case(projects.scvi_model, val_loss=None, idle=SCVI_IDLE, again=projects.scvi_model_again),
+    Case(
+        projects.scvi_all_cells,
+        val_loss=None,
+        more={"dataloader": projects.scvi_held_out},
+        idle=SCVI_IDLE,
+        again=projects.scvi_model_again,
+    ),
+    Case(
+        projects.lightly_simclr,
+        val_loss=None,
+        more={"dataloader": projects.simclr_pictures},
+        again=projects.lightly_again,
+    ),
+    Case(
+        projects.lightly_dino, val_loss=None, more={"dataloader": projects.dino_pictures}, again=projects.lightly_again
+    ),
+    Case(projects.anomalib_stfpm, val_loss=None, more={"eval_mode": False}, again=projects.anomalib_again),
+    Case(
+        projects.anomalib_reverse_distillation,
+        val_loss=None,
+        more={"eval_mode": False},
+        idle=("model.encoder.*",),
+        again=projects.anomalib_again,
+    ),
 ]
 
 
@@ -121,19 +160,26 @@ class Run(NamedTuple):
     watch: Watch
     tpgm: TPGMCallback | None
     warnings: list[str]
+    fitted: Any
+    folder: Path
 
 
 def run(case: Case, folder: Path, *callbacks: Any) -> Run:
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
-    watch = Watch(folder)
+    used = [*callbacks, Watch(folder)]
     with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("always")
         patch.chdir(folder)  # some projects write where they are
-        case.fit([*callbacks, watch], folder)
-    tpgm = next((callback for callback in callbacks if isinstance(callback, TPGMCallback)), None)
-    return Run(watch, tpgm, [str(warning.message) for warning in caught])
+        fitted = case.fit(used, folder)
+    (watch,) = (callback for callback in used if isinstance(callback, Watch))
+    tpgm = next((callback for callback in used if isinstance(callback, TPGMCallback)), None)
+    return Run(watch, tpgm, [str(warning.message) for warning in caught], fitted, folder)
+
+
+def is_idle(case: Case, name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in case.idle)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.fit.__name__)
@@ -144,7 +190,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.fixture(scope="module")
 def constrained(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The project with `TPGMCallback()`; fails where a weight leaves its ball in any step."""
-    return run(case, tmp_path_factory.mktemp("constrained"), TPGMCallback())
+    return run(case, tmp_path_factory.mktemp("constrained"), TPGMCallback(**case.more))
 
 
 @pytest.fixture(scope="module")
@@ -157,19 +203,22 @@ def plain(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def evaluated(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same with the held-out loss evaluated after every step, and only that parameter constrained."""
     folder = tmp_path_factory.mktemp("evaluated")
-    return run(case, folder, Bystander(), TPGMCallback(exclude=ALL_BUT_THE_BYSTANDER))
+    return run(case, folder, Bystander(), TPGMCallback(exclude=ALL_BUT_THE_BYSTANDER, every_n_steps=1, **case.more))
 
 
-def test_it_trains_inside_the_balls_with_a_falling_held_out_loss(constrained: Run) -> None:
+def test_it_trains_inside_the_balls_with_a_falling_held_out_loss(case: Case, constrained: Run) -> None:
     losses, start, end = constrained.watch.held_out, constrained.watch.start, constrained.watch.end
     assert len(losses) >= 9
     assert all(map(isfinite, losses))
     assert min(losses[1:]) < losses[0]
     assert set(constrained.tpgm.radii) == set(start)
-    assert sum(not torch.equal(value, end[name]) for name, value in start.items()) > len(start) / 2
+    idle, used = ([name for name in start if is_idle(case, name) is flag] for flag in (True, False))
+    assert all(torch.equal(start[name], end[name]) for name in idle)
+    assert sum(not torch.equal(start[name], end[name]) for name in used) > len(used) / 2
     ours = [message for message in constrained.warnings if "TPGM" in message or "held-out" in message]
-    # true of modules that are built here and never pretrained; nothing else is complained of
-    assert not [message for message in ours if "look like a random initialisation" not in message]
+    # true of modules, or heads, that are built here and never pretrained; nothing else is complained of
+    true = ("look like a random initialisation", "looks freshly initialised")
+    assert not [message for message in ours if not any(words in message for words in true)]
 
 
 def test_anchors_are_the_weights_at_the_start(case: Case, constrained: Run) -> None:
@@ -180,8 +229,11 @@ def test_anchors_are_the_weights_at_the_start(case: Case, constrained: Run) -> N
         assert not any(value.any() for value in zeros)
 
 
-def test_radii_move(constrained: Run) -> None:
-    first, last = constrained.watch.radii[0], constrained.watch.radii[-1]
+def test_radii_move(case: Case, constrained: Run) -> None:
+    first, last = (
+        {name: radius for name, radius in radii.items() if not is_idle(case, name)}
+        for radii in (constrained.watch.radii[0], constrained.watch.radii[-1])
+    )
     assert all(map(isfinite, last.values()))
     # a convolution's bias before a normalisation has no gradient but rounding noise, which is another on each processor
     counted = [name for name in last if not name.endswith("conv.bias")]
@@ -210,3 +262,12 @@ def test_held_out_loss_is_the_validation_loss(case: Case, evaluated: Run) -> Non
         pytest.skip("this project logs no validation loss")
     logged = evaluated.watch.metrics[-1][case.val_loss].item()
     assert evaluated.watch.held_out[-1] == pytest.approx(logged, rel=1e-5)
+
+
+def test_it_is_saved_and_loaded_and_predicts(case: Case, constrained: Run) -> None:
+    if case.again is None:
+        pytest.skip("by Lightning's checkpoints, see above")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(constrained.folder)
+        found, again = case.again(constrained.fitted, constrained.folder)
+    assert_same(again, found)

@@ -1,7 +1,8 @@
-"""What the site needs beyond its pages: files of the repository that they link to, and docstrings as Markdown."""
+"""What the site needs beyond docs/: other pages of the repository, files that are linked to, docstrings as Markdown."""
 
 from __future__ import annotations
 
+import posixpath
 import re
 from pathlib import Path
 from textwrap import indent
@@ -10,22 +11,52 @@ from typing import Any
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
+OUTER = (
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "examples/benchmark/README.md",
+    "examples/benchmark/protocol.md",
+    "examples/digits/README.md",
+    "examples/overhead/README.md",
+)
+"""Pages that lie outside of docs/: one copy in the repository, one in the site, at the same path from its root."""
+LINK = re.compile(r"\[([^\]]*)\]\(([^):#]+)(#[^)]*)?\)")
+
+
+def targets(source: str, text: str) -> set[str]:
+    """The files of the repository that a page's relative links and pictures lead to."""
+    return {posixpath.normpath(posixpath.join(posixpath.dirname(source), path)) for _, path, _ in LINK.findall(text)}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the changelog, and what a page links to outside of docs/: one copy in the repository, one in the site."""
-    pages = [file.content_string for file in files.documentation_pages()]
-    linked = {path for page in pages for path in re.findall(r"\]\(\.\./([^)#]+)\)", page)}
-    for path in sorted({"CHANGELOG.md", *linked}):
+    """Add the outer pages, and what pages link to outside of docs/."""
+    linked = {path for file in files.documentation_pages() for path in targets("docs/page.md", file.content_string)}
+    for source in OUTER:
+        linked |= {path for path in targets(source, (ROOT / source).read_text()) if not path.endswith(".md")}
+    inner = {path for path in linked if path.startswith("docs/") or not (ROOT / path).is_file()}
+    for path in sorted({*OUTER, *linked} - inner):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
 
 
-def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Point these links at the copies."""
-    return markdown.replace("](../", "](")
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links at the copies; an outer page's link to what the site lacks becomes plain text."""
+    source = page.file.src_uri
+    if source not in OUTER:
+        return markdown.replace("](../", "](")
+    if "/" in source:  # tables name every method: what they are is found first
+        page.meta["search"] = {"boost": 0.3}
+    folder = posixpath.dirname(source)
+
+    def link(found: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(folder, found[2]))
+        is_picture = markdown[found.start() - 1 : found.start()] == "!"
+        return found[0] if is_picture or files.get_file_from_path(path) is not None else found[1]
+
+    return LINK.sub(link, markdown)
 
 
 class PlainDocstrings(griffe.Extension):
@@ -37,3 +68,35 @@ class PlainDocstrings(griffe.Extension):
             text, *doctests = obj.docstring.value.replace("::\n", ":\n").partition("\n>>> ")
             examples = indent("".join(doctests).strip(), "    ")
             obj.docstring.value = f"{text}\nExamples:\n{examples}\n" if examples else text
+
+
+class WrittenOut(griffe.Extension):
+    """Signatures show the types and the numbers that names of the package stand for."""
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        """Rewrite all signatures."""
+        self._package = pkg
+        self._visit(pkg)
+
+    def _visit(self, of: griffe.Module | griffe.Class) -> None:
+        for member in of.members.values():
+            if isinstance(member, griffe.Function):
+                for parameter in member.parameters:
+                    parameter.annotation = self._meaning(parameter.annotation)
+                    parameter.default = self._meaning(parameter.default)
+            elif isinstance(member, griffe.Module | griffe.Class):
+                self._visit(member)
+
+    def _meaning(self, written: Any) -> Any:
+        if isinstance(written, griffe.ExprBinOp):
+            left, right = self._meaning(written.left), self._meaning(written.right)
+            return griffe.ExprBinOp(left, written.operator, right)
+        if not isinstance(written, griffe.ExprName):
+            return written
+        package, _, path = written.canonical_path.partition(".")
+        try:
+            found = self._package[path] if package == self._package.name and path else None
+        except KeyError:  # an argument's own name, for instance
+            return written
+        is_constant = isinstance(found, griffe.Attribute) and found.value is not None
+        return self._meaning(found.value) if is_constant else written

@@ -12,6 +12,7 @@ __all__ = [
     "Constraint",
     "DiGraPCallback",
     "FTPCallback",
+    "FreezeBatchNorm",
     "L2SPCallback",
     "SPDCallback",
     "TPGMCallback",
@@ -25,6 +26,7 @@ __all__ = [
 if TYPE_CHECKING:
     from lightning_tpgm.callbacks.anchor_decay import AnchorDecayCallback
     from lightning_tpgm.callbacks.digrap import DiGraPCallback
+    from lightning_tpgm.callbacks.freeze_batch_norm import FreezeBatchNorm
     from lightning_tpgm.callbacks.ftp import FTPCallback
     from lightning_tpgm.callbacks.l2sp import L2SPCallback
     from lightning_tpgm.callbacks.post_hoc import project_checkpoint
@@ -40,6 +42,7 @@ _HOMES = {
     "Constraint": "constraint",
     "DiGraPCallback": "callbacks.digrap",
     "FTPCallback": "callbacks.ftp",
+    "FreezeBatchNorm": "callbacks.freeze_batch_norm",
     "L2SPCallback": "callbacks.l2sp",
     "SPDCallback": "callbacks.spd",
     "TPGMCallback": "callbacks.tpgm",

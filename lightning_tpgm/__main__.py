@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_tpgm.callbacks.framework import classes, pl, same_package
 from lightning_tpgm.callbacks.post_hoc import project_checkpoint
+from lightning_tpgm.methods.radii import RadiusLr
 from lightning_tpgm.norms import Norm
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def project(
     dataloader: str,
     output: str,
     norm: Norm = "l2",
-    radius_lr: float = 1e-2,
+    radius_lr: RadiusLr = "auto",
     radius_steps: int = 200,
     exclude: list[str] | str | None = None,
     loss: str | None = None,
@@ -42,7 +43,7 @@ def project(
             my_project.data:held_out.
         output: The file to write, of the same kind as the fine-tuned one.
         norm: l2 or mars.
-        radius_lr: Adam learning rate of the radii.
+        radius_lr: auto, or Adam's learning rate of the radii (the authors': 0.01).
         radius_steps: Number of radius updates.
         exclude: fnmatch patterns over parameter names that keep their fine-tuned value.
         loss: Leave out for the module's training_step, or validation_step.

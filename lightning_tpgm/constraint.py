@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_tpgm.anchors import AnchorDevice, Anchors
 from lightning_tpgm.blocks import Blocks, blocks_for
 from lightning_tpgm.constrained import Constrained, gathering
 from lightning_tpgm.methods.method import Method, Step
-from lightning_tpgm.observing.reporter import Over, Quantities, Quantity, Reporter
-from lightning_tpgm.observing.reporting import Row
+from lightning_tpgm.observing.leaving import too_long_for_max_norm
+from lightning_tpgm.observing.reporter import Quantities, Reporter
+from lightning_tpgm.observing.shown import Shown
 from lightning_tpgm.optimizers import evaluates_other_weights, needs_unscaled_gradients, weights_for_evaluation
+from lightning_tpgm.selection import check_dense
 from lightning_tpgm.steps import Steps
 
 Say = Callable[[str], None]
@@ -26,7 +29,7 @@ Tensors = Mapping[str, Tensor]  # by name
 _logger = logging.getLogger(__name__)
 
 
-class Constraint:
+class Constraint(Shown):
     """What `lightning_tpgm.constrain` returns: the constrained tensors of a model, their anchors, and a method.
 
     Args:
@@ -57,6 +60,7 @@ class Constraint:
         self._compile, self._warn, self._tell = compile, warn, tell
         self._gathering: list[nn.Module] = []
         self._candidates: Tensors = {}
+        self._looks = False  # when the gradients of this step are there
 
     # ---- attaching it to a model
 
@@ -85,6 +89,10 @@ class Constraint:
             self.load(state)
         self.join()
         self.anchors.own()
+        if self.method.has_radii:
+            text = too_long_for_max_norm(model, self.anchors.joined, self.anchors.parameters)
+            if text:
+                self._warn(f"{self.title}: {text}")
 
     def _report(self, text: str) -> None:
         self._tell(f"{self.title}: {text}")
@@ -131,6 +139,7 @@ class Constraint:
     def before(self, step: Step) -> None:
         """An optimizer is about to step."""
         self.join()
+        self._looks = self.at_hand and self.reporter.leaving.is_due(step.index)
         if self.method.reads_gradients and getattr(step.optimizer, "found_inf", None) is not None:
             raise ValueError(needs_unscaled_gradients(self.title, step.optimizer))
         if type(self.method).before is not Method.before and (tensors := self._stepped_by(step)) is not None:
@@ -139,13 +148,11 @@ class Constraint:
     @torch.no_grad()
     def change_gradients(self, step: Step) -> None:
         """Its gradients are there, and not used yet."""
+        looks, self._looks = self._looks, False  # a closure that is called again may be at other weights
+        if looks and (tensors := self._stepped_by(step)) is not None:
+            self.reporter.leaving.look(tensors, self.quantities())
         if self.method.changes_gradients and (tensors := self._stepped_by(step)) is not None:
-            for name, parameter in zip(tensors.names, tensors.parameters, strict=True):
-                if parameter.grad is not None and parameter.grad.is_sparse:
-                    raise ValueError(
-                        f"{self.title} adds to gradients, and that of {name!r} is sparse. Build the layer with"
-                        f" sparse=False, or name it in `exclude`."
-                    )
+            check_dense(self.title, dict(zip(tensors.names, tensors.parameters, strict=True)))
             self.method.change_gradients(tensors, step)
 
     @torch.no_grad()
@@ -173,6 +180,8 @@ class Constraint:
         """
         self.steps.stop()
         self.reporter.conclude(self.quantities())
+        for text in self.outside():
+            self._warn(text)
         self.release()
 
     def release(self) -> None:
@@ -181,33 +190,19 @@ class Constraint:
             self.reporter.conclude(self.seen())
         self.tensors, self._gathering, self._candidates = None, [], {}
         try:
-            self.reporter.history.leave_device()
+            self.reporter.leave_device()
             self.method.release()
         finally:  # also with a device that is broken
             self.anchors.release()
 
-    # ---- what users ask for
-
-    @property
-    def anchor(self) -> dict[str, Tensor]:
-        """The pretrained value of each constrained parameter, by name."""
-        return dict(self.anchors.joined)
-
-    @property
-    def radii(self) -> dict[str, float]:
-        """The radius of each constrained parameter, by name; nan until it is first used. Empty without radii."""
-        return self._by_name("radius")
-
-    @property
-    def distances(self) -> dict[str, float]:
-        """The distance of each constrained parameter, by name: for methods with radii, after the last projection."""
-        return self._by_name("distance")
+    # ---- what is seen of it
 
     @property
     def at_hand(self) -> bool:
         """Whether the quantities need not be measured."""
         return self.method.has_radii and not self.method.acts_at_end
 
+    @override
     def quantities(self) -> Quantities:
         """What users see, by name, vectors of shape (T,); empty where nothing is constrained now.
 
@@ -223,45 +218,22 @@ class Constraint:
         alone = self.at_hand or (self.tensors is not None and not self.tensors.are_split)
         return (alone and self.quantities()) or self.reporter.last
 
-    def _by_name(self, quantity: str) -> dict[str, float]:
-        found = (self.quantities() or self.reporter.last).get(quantity)
-        return {} if found is None else dict(zip(self.anchors.joined, found.tolist(), strict=True))
-
     def troubles(self, quantities: Quantities) -> Iterator[str]:
         """What goes wrong silently, each once; waits for the device."""
-        if self.tensors is None:
-            return iter(())
-        return self.reporter.troubles(quantities, self.tensors.size, self.method.growth())
+        if self.tensors is not None:
+            yield from self.reporter.troubles(quantities, self.tensors.size, self.method.growth())
+            yield from self.reporter.outside(self.tensors.names)
 
-    def report(self) -> list[Row]:
-        """What the method did so far, one dict per constrained tensor; empty before the first fit.
+    @torch.no_grad()
+    def outside(self) -> Iterator[str]:
+        """Which tensors are outside of their balls now that no step follows; once.
 
-        Keys: ``name``, ``shape`` and ``distance`` (from the pretrained value: the largest row distance in the norm
-        mars, else the Frobenius norm). Methods with radii have ``radius``, ``ratio`` (what the last projection left of
-        the deviation of the farthest row; 1: inside the ball) and ``binds``; DiGraP has ``omega``.
-        ``pandas.DataFrame(callback.report())`` makes a table of it.
-
-        With parameters split over processes (FSDP2, tensor parallel) every process must call it.
+        Collective where parameters are split over processes.
         """
-        return self.reporter.report(self.anchors.joined, self.quantities())
-
-    def plot(self, over: Over = "layers", quantity: Quantity = "distance", ax: Any = None) -> tuple[Any, Any]:
-        """Draw what the method did, after or during a fit.
-
-        Args:
-            over: ``"layers"``: radius and distance of each tensor now, from the input's side of the network to the
-                output's. ``"steps"``: a heat map of one quantity, tensors by optimizer steps.
-            quantity: What the heat map shows.
-            ax: Matplotlib axes to draw into; None: a new figure.
-
-        Returns:
-            The matplotlib figure and axes.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-            ValueError: For an argument out of its range, before the first fit, or if the method has no such quantity.
-        """
-        return self.reporter.plot(self.anchors.joined, self.quantities(), over, quantity, ax)
+        if self.tensors is not None and self.method.has_radii:
+            with suppress(RuntimeError):  # somebody has moved the weights to another device
+                self.reporter.leaving.look(self.tensors, self.quantities())
+            yield from self.reporter.outside(self.tensors.names)
 
     # ---- checkpoints
 
@@ -292,8 +264,6 @@ class Constraint:
             self.method.load(state["method"])
         except KeyError as error:
             raise ValueError(f"The state is not one of {self.title}: it lacks {error}.") from error
-        self.reporter.history = type(self.reporter.history)()
-        if "history" in state:  # older checkpoints have none
-            self.reporter.history.load_state_dict(state["history"])
+        self.reporter.load(state.get("history", {}))
         if self.tensors is not None:
             self.method.place(self.tensors)

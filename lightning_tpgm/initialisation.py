@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_tpgm.sharding import local
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others cannot be compared everywhere
 _ENOUGH = 256  # entries from which a uniform distribution can be recognised
 
@@ -31,11 +31,11 @@ def never_trained(module: nn.Module) -> str | None:
             own = list(part.parameters(recurse=False))
             if any(nn.parameter.is_lazy(parameter) for parameter in own):
                 others = True
-            elif isinstance(part, _NORMS) and own:
-                if not _untouched(part):
+            elif isinstance(part, NORMS) and own:
+                if not untouched(part):
                     return None
                 norms += 1
-            elif isinstance(part, _LINEAR) and own:
+            elif isinstance(part, LINEAR) and own:
                 as_initialised, looks_trained = _judge(part)
                 if looks_trained:
                     return None
@@ -50,7 +50,7 @@ def never_trained(module: nn.Module) -> str | None:
     return None
 
 
-def _values(part: nn.Module, name: str) -> Tensor | None:
+def values_of(part: nn.Module, name: str) -> Tensor | None:
     """A parameter of the module itself, not computed by a parametrization; this process's part."""
     parameter = part._parameters.get(name)
     if parameter is None or parameter.dtype not in _DTYPES or not local(parameter).numel():
@@ -58,8 +58,9 @@ def _values(part: nn.Module, name: str) -> Tensor | None:
     return local(parameter.detach())
 
 
-def _untouched(norm: nn.Module) -> bool:
-    weight, bias = _values(norm, "weight"), _values(norm, "bias")
+def untouched(norm: nn.Module) -> bool:
+    """Whether a normalisation layer has weights of 1, biases of 0 and no statistics yet."""
+    weight, bias = values_of(norm, "weight"), values_of(norm, "bias")
     mean, tracked = getattr(norm, "running_mean", None), getattr(norm, "num_batches_tracked", None)
     return (
         weight is not None
@@ -72,7 +73,7 @@ def _untouched(norm: nn.Module) -> bool:
 
 def _judge(layer: nn.Module) -> tuple[bool, bool]:
     """Whether a layer is as torch initialises it, and whether it looks trained; it may be neither."""
-    weight, bias = _values(layer, "weight"), _values(layer, "bias")
+    weight, bias = values_of(layer, "weight"), values_of(layer, "bias")
     whole = layer._parameters.get("weight")
     if weight is None or whole is None:
         return False, False

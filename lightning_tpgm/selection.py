@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -60,6 +60,20 @@ def constrainable(module: nn.Module, exclude: Sequence[str] = (), buffers: bool 
         if parameter.is_floating_point() and parameter.layout is torch.strided and parameter.numel() > 0:
             selected[aliases[0]] = parameter
     return selected
+
+
+def check_dense(title: str, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse sparse gradients, on behalf of a method that adds to them.
+
+    Raises:
+        ValueError: With the name of the parameter.
+    """
+    for name, parameter in parameters.items():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise ValueError(
+                f"{title} adds to gradients, and that of {name!r} is sparse. Build the layer with sparse=False, or name"
+                " it in `exclude`."
+            )
 
 
 def _closest(pattern: str, names: list[str]) -> str:

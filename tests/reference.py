@@ -82,14 +82,42 @@ class ScalarAdam:
     v: float = 0.0
     t: int = 0
 
-    def step(self, value: float, gradient: float) -> float:
-        """The value after one step; `t` may be set beforehand to move the bias correction."""
+    def step(self, value: float, gradient: float, rate: float | None = None) -> float:
+        """The value after one step; `t` may be set beforehand to move the bias correction.
+
+        With a rate of its own the first moment is not corrected for its start at zero, and eps is next to nothing.
+        """
         self.t += 1
         self.m = 0.9 * self.m + 0.1 * gradient
         self.v = 0.999 * self.v + 0.001 * gradient**2
         m_hat = self.m / (1 - 0.9**self.t)
         v_hat = self.v / (1 - 0.999**self.t)
+        if rate is not None:
+            return value - rate * self.m / (math.sqrt(v_hat) + 1e-20)
         return value - self.lr * m_hat / (math.sqrt(v_hat) + 1e-8)
+
+
+@dataclass
+class Pace:
+    """How far an optimizer step carries a tensor: the mean of |n - n'|, an older step counting 0.95 of the next one.
+
+    n is the largest distance after the step, n' that after the projection before it. The first step has none before it.
+    """
+
+    total: float = 0.0
+    weight: float = 0.0
+    projected: float | None = None
+
+    def follow(self, largest: float) -> None:
+        """A step has been taken."""
+        if self.projected is not None:
+            self.total = 0.95 * self.total + abs(largest - self.projected)
+            self.weight = 0.95 * self.weight + 1
+
+    @property
+    def mean(self) -> float:
+        """0 before the second step."""
+        return self.total / self.weight if self.weight else 0.0
 
 
 # --- TPGM ---
@@ -131,18 +159,22 @@ class ReferenceTPGM:
         self,
         anchors: Tensors,
         norm: str = "mars",
-        radius_lr: float = 1e-2,
+        radius_lr: float | str = 1e-2,
         radius_steps: int = 1,
         every_n_steps: int = 1,
         boundary_dtype: torch.dtype = torch.float64,
+        at_end: bool = False,
     ) -> None:
         self.anchors = {name: anchor.detach().double().clone() for name, anchor in anchors.items()}
         self.norm = norm
         self.radius_steps = radius_steps
         self.every_n_steps = every_n_steps
         self.boundary_dtype = boundary_dtype
+        self.at_end = at_end
         self.radii: dict[str, float] = {}
-        self.adams = {name: ScalarAdam(radius_lr) for name in anchors}
+        self.auto = radius_lr == "auto"
+        self.adams = {name: ScalarAdam(math.nan if self.auto else float(radius_lr)) for name in anchors}
+        self.paces = {name: Pace() for name in anchors}
         self.steps = 0
 
     def after_step(self, weights: Tensors, loss_grads: LossGrads) -> Tensors:
@@ -161,6 +193,8 @@ class ReferenceTPGM:
         distances = {name: distance_rows(deviations[name], self.norm) for name in self.anchors}
         if not self.radii:
             self.radii = {name: min(distances[name]) / 2 for name in self.anchors}
+        for name, pace in self.paces.items():
+            pace.follow(max(distances[name]))
 
         if (self.steps - 1) % self.every_n_steps == 0:
             for _ in range(self.radius_steps):
@@ -173,10 +207,20 @@ class ReferenceTPGM:
                     gradient = radius_gradient(
                         loss_grad, deviations[name], self.radii[name], self.norm, self.boundary_dtype
                     )
-                    self.radii[name] = self.adams[name].step(self.radii[name], gradient)
+                    rate = self._rate(name, distances) if self.auto else None
+                    self.radii[name] = self.adams[name].step(self.radii[name], gradient, rate)
 
         self._clamp(distances)
+        for name, pace in self.paces.items():
+            largest = max(distances[name])
+            pace.projected = min(self.radii[name] / (largest + EPS), 1.0) * largest
         return self._project(weights)
+
+    def _rate(self, name: str, distances: dict[str, list[float]]) -> float:
+        """Half of what the optimizer carried the tensor for each update; at the end all of it."""
+        if self.at_end:
+            return max(distances[name]) / self.radius_steps
+        return 0.5 * self.paces[name].mean * self.every_n_steps / self.radius_steps
 
     def _clamp(self, distances: dict[str, list[float]]) -> None:
         for name in self.anchors:
@@ -211,12 +255,14 @@ class ReferenceFTP:
         steps: Optimizer steps seen.
     """
 
-    def __init__(self, anchors: Tensors, k: float = 1.0, radius_lr: float = 1e-2, norm: str = "mars") -> None:
+    def __init__(self, anchors: Tensors, k: float = 1.0, radius_lr: float | str = 1e-2, norm: str = "mars") -> None:
         self.anchors = {name: anchor.detach().double().clone() for name, anchor in anchors.items()}
         self.k = k
         self.norm = norm
         self.radii: dict[str, float] = {}
-        self.adams = {name: ScalarAdam(radius_lr) for name in anchors}
+        self.auto = radius_lr == "auto"
+        self.adams = {name: ScalarAdam(math.nan if self.auto else float(radius_lr)) for name in anchors}
+        self.paces = {name: Pace() for name in anchors}
         self.previous_deviations: Tensors = {}
         self.steps = 0
 
@@ -233,11 +279,14 @@ class ReferenceFTP:
         self.steps += 1
         projected = {}
         for name, anchor in self.anchors.items():
-            adam, grad = self.adams[name], grads[name]
+            adam, pace, grad = self.adams[name], self.paces[name], grads[name]
             if grad is None:
                 projected[name] = weights[name].detach().double()
                 self.radii.setdefault(name, 0.0)
                 continue
+            deviation = weights[name].detach().double() - anchor
+            largest = max(distance_rows(deviation, self.norm))
+            pace.follow(largest)
             if name not in self.previous_deviations:
                 self.radii[name] = RADIUS_MIN
                 adam.t = 1  # the optimizer's count: the first update, on step 2, is corrected with t = 2
@@ -245,11 +294,10 @@ class ReferenceFTP:
                 gradient = ftp_radius_gradient(grad.detach(), self.previous_deviations[name], self.norm)
                 if gradient > 0:  # the radius would shrink
                     gradient *= self.k
-                self.radii[name] = adam.step(self.radii[name], gradient)
+                self.radii[name] = adam.step(self.radii[name], gradient, 0.5 * pace.mean if self.auto else None)
 
-            deviation = weights[name].detach().double() - anchor
-            largest = max(distance_rows(deviation, self.norm)) + EPS
-            self.radii[name] = clamp_radius(self.radii[name], largest)
+            self.radii[name] = clamp_radius(self.radii[name], largest + EPS)
+            pace.projected = min(self.radii[name] / (largest + EPS), 1.0) * largest
             self.previous_deviations[name] = deviation
             projected[name] = project(anchor, weights[name].detach(), self.radii[name], self.norm)
         return projected

@@ -1,25 +1,21 @@
-"""The benchmark's machinery, on the digits suite cut to a few images; and the README's table against its results."""
+"""The benchmark's machinery, on the digits suite cut to a few images; and its README's tables against its results."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.data import TensorDataset
 
 import benchmark
 import cache
 import summary
-from leads import LEADS
-from methods import ALPHAS, FIXED, METHODS, PLAIN, POST_HOC, PRETRAINED, WISE_FT, Method
-from results import Result, append, choose, mean_and_error, of, read
+from methods import AFTER, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
+from results import Result, Run, append, mean_and_error, read
 from suite import Suite, load_suite
 
 
@@ -29,60 +25,94 @@ class Immediately:
     def __init__(self) -> None:
         self.count = 0
 
-    def submit(self, function: Callable[[], Any]) -> Future[Any]:
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         self.count += 1
         future: Future[Any] = Future()
-        future.set_result(function())
+        future.set_result(function(*arguments))
         return future
 
 
-def result(seed: int = 0, choice: float = 0.5, settings: dict[str, Any] | None = None, **accuracies: float) -> Result:
-    return Result("method", settings or {}, seed, choice, accuracies, seconds=1.0)
+def run(method: str = "method", lr: float = 0.1, settings: tuple[tuple[str, Any], ...] = (), seed: int = 0) -> Run:
+    return Run(method, "usual", lr, settings, seed)
+
+
+def result(of: Run, choice: float = 0.5, **accuracies: float) -> Result:
+    return Result(of, 1.0, 0.75, choice, accuracies, 1.5)
 
 
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
-    written = [
-        replace(result(seed, settings={"lr": 0.1}, here=0.25, there=0.5), radii=[("weight", 0.5, 0.25)])
-        for seed in (0, 1)
-    ]
-    for each in written:
-        append(tmp_path / "suite.csv", each)
+    written = [result(run(settings=(("radius_lr", 0.1),), seed=seed), here=0.25, there=0.5) for seed in (0, 1)]
+    append(tmp_path / "suite.csv", written[:1])
+    append(tmp_path / "suite.csv", written[1:])
     assert read(tmp_path / "suite.csv") == written
-    assert (tmp_path / "suite_radii.csv").read_text().splitlines() == [
-        "method,settings,parameter,radius,distance",
-        'method,"{""lr"": 0.1}",weight,0.5,0.25',
-    ]
     assert read(tmp_path / "none.csv") == []
-
-
-def test_choice_takes_the_best_mean_and_among_equals_the_first() -> None:
-    found = [
-        result(seed, choice, settings={"k": k})
-        for k, choices in {1: (0.5, 0.7), 2: (0.9, 0.3), 3: (0.4, 0.4)}.items()
-        for seed, choice in enumerate(choices)
-    ]
-    grid = [{"k": 3}, {"k": 2}, {"k": 1}]
-    assert choose(found, "method", grid, [0, 1]) == {"k": 2}
-    assert choose(found, "method", grid, [1]) == {"k": 1}
-    with pytest.raises(LookupError, match=r"seeds \[2\]"):
-        choose(found, "method", grid, [0, 1, 2])
-
-
-def test_results_of_a_setting_come_in_the_order_of_the_seeds() -> None:
-    found = [result(seed) for seed in (2, 0, 1)]
-    assert [each.seed for each in of(found, "method", {}, [0, 1, 2])] == [0, 1, 2]
 
 
 def test_standard_error() -> None:
     assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / 3**0.5))
 
 
+def test_a_cell_holds_the_paired_difference() -> None:
+    pairs = [(result(run(seed=seed), here=0.5 + 0.1 * seed), result(run(PLAIN), here=0.4)) for seed in (0, 1)]
+    assert summary.cell(pairs, ["here"]) == "55.0 (+15.0 ± 5.0)"
+    assert summary.cell([(plain, plain) for _, plain in pairs], ["here"]) == "40.0"
+    assert summary.cell([], ["here"]) == ""
+
+
+def suite_results(found: list[Result]) -> summary.SuiteResults:
+    """Results as if they had been read."""
+    suite = object.__new__(summary.SuiteResults)
+    suite.name, suite.rates, suite.conditions = "made up", [0.1, 0.2], {}
+    suite.columns, suite.shifted = {"in distribution": ["here"], "shifted": ["there"]}, ["there"]
+    suite._found = {each.run: each for each in found}
+    return suite
+
+
+def test_the_tuned_row_takes_the_best_on_the_choice_data_and_never_looks_at_test_data() -> None:
+    found = [
+        result(run("EMA", lr, settings, seed), choice, here=0.0 if choice > 0.8 else 1.0, there=0.0)
+        for lr, settings, choice in ((0.1, (), 0.7), (0.2, (), 0.6), (0.2, (("decay", 0.9),), 0.9))
+        for seed in (0, 1)
+    ]
+    best = summary.tuned(suite_results(found), "EMA")
+    assert best is not None
+    assert (best[0].run.lr, best[0].run.settings) == (0.2, (("decay", 0.9),))
+    assert summary.tuned(suite_results(found), "FTP") is None
+    incomplete = [each for each in found if each.choice < 0.8 or each.run.seed == 0]
+    best = summary.tuned(suite_results(incomplete), "EMA")
+    assert best is not None
+    assert best[0].run.lr == 0.1
+
+
+def test_averages_over_rates_leave_out_seeds_that_lack_one() -> None:
+    found = [
+        result(run(method, lr, seed=seed), here=value, there=0.0)
+        for method, value in ((PLAIN, 0.5), (TPGM, 0.6))
+        for lr in (0.1, 0.2)
+        for seed in (0, 1, 2)
+        if (method, lr, seed) != (TPGM, 0.2, 2)
+    ]
+    mean, error = summary.over_rates(suite_results(found), TPGM, PLAIN, ["here"])
+    assert (mean, error) == pytest.approx((10.0, 0.0))
+
+
+def test_whether_auto_is_within_an_error_of_the_best_fixed_rate() -> None:
+    def suite(auto: tuple[float, float]) -> summary.SuiteResults:
+        fixed = [
+            result(run(TPGM, 0.1, (("radius_lr", rate),), seed), here=0.5 + 0.1 * seed)
+            for rate in (0.001, 0.01, 0.1, 1.0)
+            for seed in (0, 1)
+        ]
+        return suite_results([*fixed, *(result(run(TPGM, 0.1, seed=i), here=value) for i, value in enumerate(auto))])
+
+    assert summary.within_one_error(suite((0.5, 0.58)), 0.1, ["here"])
+    assert not summary.within_one_error(suite((0.4, 0.5)), 0.1, ["here"])
+    assert summary.within_one_error(suite((0.4, 0.5)), 0.2, ["here"]) is None
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Suite:
-    """The digits suite with 40 training images, and its cache in a folder of its own.
-
-    Scored in float32: bfloat16, which the benchmark is faster in, takes 20 times as long on processors without it.
-    """
+    """The digits suite with 40 training images, and its cache in a folder of its own."""
     digits = load_suite("digits")
 
     def data(seed: int) -> Any:
@@ -91,10 +121,9 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Suite:
         every.domains = {name: TensorDataset(*domain[:30]) for name, domain in every.domains.items()}
         return every
 
-    elsewhere = dict(list(digits.elsewhere.items())[-1:])  # one condition is enough
-    suite = replace(digits, data=data, selection_seeds=1, elsewhere=elsewhere)
+    conditions = {name: {**digits.conditions[name], "rates": (3e-3,)} for name in ("cosine", "one-cycle", "SGD")}
+    suite = replace(digits, data=data, rates=(1e-3, 3e-3), conditions=conditions)
     monkeypatch.setattr(benchmark, "load_suite", lambda name: suite)
-    monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
     monkeypatch.setattr(cache, "FOLDER", tmp_path / "cache")
     return suite
 
@@ -104,70 +133,49 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Suite:
 def test_every_method_runs_and_nothing_runs_twice(small: Suite, tmp_path: Path) -> None:
     pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="EMA came with lightning 2.6")
     pool = Immediately()
-    first = benchmark.Benchmark(small, tmp_path, pool, seeds=2, epochs=1)
-    methods = [method.first() for method in METHODS]
-    first.run(methods)
-    assert set(first.chosen) == {method.name for method in METHODS}
+    runs = list(benchmark.plan(small, range(1)))
+    benchmark.benchmark(small, tmp_path, pool, runs, epochs=1)
     carried_out = pool.count
-    again = benchmark.Benchmark(small, tmp_path, pool, seeds=2, epochs=1)
-    again.run(methods)
+    assert carried_out == len(runs) == len(METHODS) * (2 + 3) + 4 * 2 + 2 * sum(len(each.others) for each in METHODS)
+    benchmark.benchmark(small, tmp_path, pool, runs, epochs=1)
     assert pool.count == carried_out
-    assert again.chosen == first.chosen
 
-    (tmp_path / "digits.json").write_text(json.dumps(again.describe()))
     found = summary.SuiteResults("digits", tmp_path)
-    # the ends of WiSE-FT are the pretrained and the plainly fine-tuned module
-    rates = found.chosen[PLAIN.name]
-    ends = [found.of(WISE_FT.name, {**rates, "alpha": alpha}) for alpha in (ALPHAS[0], ALPHAS[-1])]
-    assert [each.accuracies for each in ends[0]] == [each.accuracies for each in found.of(PRETRAINED.name)]
-    assert [each.accuracies for each in ends[1]] == [each.accuracies for each in found.plain]
-    assert found.gain(PLAIN.name, found.shifted) == (0.0, 0.0)
-    assert summary.table([found]).count("\n") == len(METHODS) + len(FIXED) + 3
-    with pytest.raises(SystemExit, match="1 epochs and 2 seeds, asked for are 3 and 2"):
-        benchmark.Benchmark(small, tmp_path, pool, seeds=2, epochs=3)
-    summary.draw([found], tmp_path)
-    assert (tmp_path / "trade_off.png").stat().st_size > 10_000
+    for method in SHOWN:
+        for lr in small.rates:
+            assert len(found.of(method, "usual", lr)) == 1
+    for table in summary.TABLES.values():
+        assert "digits" in table([found])
+    summary.draw_rates([found], tmp_path / "rates.png")
+    assert (tmp_path / "rates.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("lead", LEADS, ids=lambda lead: lead.name)
-def test_every_lead_does_something_else(lead: Method, small: Suite) -> None:
-    rates = {"lr": 3e-3, "probe_lr": 1e-3}
-    settings = {**rates, "norm": "l2" if lead.name.endswith("l2") else "mars", "radius_lr": 0.1}
-    usual = benchmark.Run("digits", "TPGM, mars", settings, 0, 1).carry_out()
-    found = benchmark.Run("digits", lead.name, {**rates, **lead.grid[-1]}, 0, 1).carry_out()
-    assert found.radii != usual.radii
+@pytest.mark.filterwarnings("ignore")
+def test_what_comes_of_a_fit(small: Suite) -> None:
+    """Interpolated and projected weights are other weights than the fine-tuned ones, and the same ones each time."""
+    fit = Run(PLAIN, "usual", 3e-3, (), 0)
+    results = {each.run.method: each for each in benchmark.carry_out("digits", fit, 3)}
+    assert set(results) == {PLAIN, WISE_FT, f"{WISE_FT}, best alpha", AFTER}
+    assert results[PLAIN].accuracies != results[AFTER].accuracies
+    assert results[WISE_FT].alpha <= results[f"{WISE_FT}, best alpha"].alpha
+    again = {each.run.method: each for each in benchmark.carry_out("digits", fit, 3)}
+    assert {name: each.accuracies for name, each in again.items()} == {
+        name: each.accuracies for name, each in results.items()
+    }
+    tpgm = benchmark.carry_out("digits", Run(TPGM, "usual", 3e-3, (), 0), 1)
+    assert {each.run.method for each in tpgm} == {TPGM, TPGM_SWEEP, f"{TPGM_SWEEP}, best alpha"}
 
 
-def test_another_optimizer(small: Suite) -> None:
-    settings = {"lr": 1e-2, "probe_lr": 1e-3}
-    adam, sgd = (
-        benchmark.Run("digits", PLAIN.name, {**settings, **own}, 0, 1).carry_out().accuracies
-        for own in ({}, {"momentum": 0.9})
+@pytest.mark.parametrize("condition", ["cosine", "one-cycle", "SGD"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_condition_changes_the_fit(small: Suite, condition: str) -> None:
+    usual, other = (
+        benchmark.carry_out("digits", Run("FTP", name, 3e-3, (), 0), 3)[0].accuracies for name in ("usual", condition)
     )
-    assert adam != sgd
-
-
-def test_post_hoc_projection_changes_the_fine_tuned_module(small: Suite) -> None:
-    settings = {"lr": 3e-3, "probe_lr": 1e-3}
-    plain, projected = (
-        benchmark.Run("digits", method.name, {**settings, **own}, 0, 2).carry_out().accuracies
-        for method, own in ((PLAIN, {}), (POST_HOC, {"radius_steps": 2}))
-    )
-    assert plain != projected
-
-
-@pytest.mark.parametrize("name", summary.present())
-def test_committed_results_are_complete(name: str) -> None:
-    suite = summary.SuiteResults(name)
-    assert suite.seeds == list(range(benchmark.SEEDS))
-    for method in (*METHODS, *FIXED):
-        assert len(suite.of(method.name)) == benchmark.SEEDS
-        columns = [domain for domains in suite.columns.values() for domain in domains]
-        assert set(columns) == set(suite.plain[0].accuracies)
+    assert usual != other
 
 
 def test_readmes_have_the_tables_of_the_committed_results() -> None:
-    assert len(summary.present()) >= 2
     for path, text in summary.documents().items():
         assert path.read_text() == text
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -147,6 +147,92 @@ def test_tpgm_at_fit_end_of_ftp(order: tuple[int, ...]) -> None:
         assert_inside_ball(module, anchors(callback.radii), callback.radii, callback.norm)
 
 
+# --- two callbacks of one method ---
+
+ALL: list[type[Any]] = [TPGMCallback, FTPCallback, L2SPCallback, SPDCallback, DiGraPCallback, WiSEFTCallback]
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_two_of_one_method_and_one_selection_are_refused_by_the_trainer(make: type[Any]) -> None:
+    """Before Lightning's own error, which names the class alone and no remedy."""
+    first, second = make(exclude=HEAD), make(exclude=tuple(HEAD))
+    with pytest.raises(MisconfigurationException) as error:
+        quiet_trainer(L2SPCallback(exclude=REST), first, second)
+    assert str(error.value).startswith(
+        f"{first!r} and {second!r} have the same `exclude`, found ['head.*']: both would"
+    )
+    assert str(error.value).endswith("Leave one out, or exclude in each what the other acts on.")
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_two_of_one_method_for_the_same_tensors_are_refused(make: type[Any]) -> None:
+    first, second = make(exclude=HEAD), make(exclude=["backbone.*"])
+    with pytest.raises(MisconfigurationException, match=r"both (act on|learn a radius for)") as error:
+        trained(first, second)
+    assert str(error.value).startswith(f"{first!r} and {second!r} both")
+    assert "'hidden.bias' among them" in str(error.value)
+    assert str(error.value).endswith("Exclude them in one.")
+
+
+def test_two_that_the_module_brings_are_refused() -> None:
+    """Lightning does not compare the keys of those."""
+
+    class Brings(Toy):
+        def configure_callbacks(self) -> list[pl.Callback]:
+            return [L2SPCallback(0.1), L2SPCallback(0.2)]
+
+    with pytest.raises(MisconfigurationException, match=r"both act on 11 tensors, 'backbone\.0\.bias' among them"):
+        quiet_trainer().fit(Brings(), train_loader(), val_loader())
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_two_of_one_method_for_disjoint_tensors(make: type[Any]) -> None:
+    """Each acts on its own ones, as one callback for all of them does."""
+    torch.manual_seed(0)
+    both = trained(make(exclude=HEAD), make(exclude=REST))
+    if make is TPGMCallback:  # each draws held-out batches of its own, at weights that the other has not projected yet
+        return
+    assert_same(state(both), state(trained(make())))
+
+
+def test_a_refused_pair_at_two_moments_is_none() -> None:
+    """TPGM in the training and TPGM at its end leave the weights in both balls."""
+    during, after = TPGMCallback(exclude=HEAD), TPGMCallback(when="fit_end", norm="l2", radius_steps=2)
+    module = trained(during, after)
+    for callback in (during, after):
+        assert_inside_ball(module, anchors(callback.radii), callback.radii, callback.norm)
+
+
+@pytest.mark.parametrize("make", [TPGMCallback, FTPCallback, L2SPCallback])
+def test_two_of_one_method_resume_in_any_order(make: type[Any], tmp_path: Any) -> None:
+    """Each finds its own state by its `exclude`, and so does ModelCheckpoint beside them."""
+    pair = [make(exclude=HEAD), make(exclude=REST)]
+    best = ModelCheckpoint(tmp_path, monitor="val_loss", filename="best")
+    torch.manual_seed(0)
+    trainer = quiet_trainer(*pair, best, enable_checkpointing=True)
+    trainer.fit(toy(), train_loader(), val_loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    expected = [(callback.report(), callback.anchor) for callback in reversed(pair)]
+    again, found = [make(exclude=REST), make(exclude=HEAD)], []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            found.append([(callback.report(), callback.anchor) for callback in again])
+
+    best_again = ModelCheckpoint(tmp_path, monitor="val_loss", filename="best", save_top_k=0)
+    resumed = quiet_trainer(*again, Look(), best_again, enable_checkpointing=True, max_epochs=2)
+    resumed.fit(toy(1), train_loader(), val_loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert_same(found[0], expected)
+    assert best_again.best_model_path == best.best_model_path != ""
+
+
+def test_a_pair_is_logged_apart() -> None:
+    trainer = quiet_trainer(TPGMCallback(exclude=HEAD), TPGMCallback(exclude=REST), log_every_n_steps=1)
+    trainer.fit(toy(), train_loader(), val_loader())
+    names = {name.partition("/")[0] for name in trainer.callback_metrics}
+    assert {"tpgm", "tpgm_2"} <= names
+
+
 # --- TPGM and a method that changes gradients or weights beside it ---
 
 
@@ -177,7 +263,7 @@ class Quadratic(pl.LightningModule):
 def test_l2sp_beside_tpgm_against_a_float64_loop(tpgm_first: bool) -> None:
     """The penalty acts on the gradient, the projection on the weight that the step gave; the order is no matter."""
     module = Quadratic().double()
-    tpgm, l2sp = TPGMCallback(val_loader(), norm="l2", radius_lr=0.02), L2SPCallback(0.5)
+    tpgm, l2sp = TPGMCallback(val_loader(), norm="l2", radius_lr=0.02, every_n_steps=1), L2SPCallback(0.5)
     trainer = quiet_trainer(*([tpgm, l2sp] if tpgm_first else [l2sp, tpgm]), precision="64-true")
     trainer.fit(module, train_loader())
 

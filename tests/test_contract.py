@@ -75,8 +75,11 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "TPGM mars": Method(TPGMCallback, "TPGMCallback: {norm: mars, radius_lr: 0.01}"),
-    "TPGM l2": Method(partial(TPGMCallback, norm="l2"), "TPGMCallback: {norm: l2, radius_lr: 0.01}"),
+    "TPGM mars": Method(partial(TPGMCallback, every_n_steps=1), "TPGMCallback: {norm: mars, every_n_steps: 1}"),
+    "TPGM l2": Method(
+        partial(TPGMCallback, norm="l2", radius_lr=0.01, every_n_steps=1),
+        "TPGMCallback: {norm: l2, radius_lr: 0.01, every_n_steps: 1}",
+    ),
     "TPGM at fit end": Method(
         partial(TPGMCallback, norm="l2", when="fit_end", radius_steps=3),
         "TPGMCallback: {norm: l2, when: fit_end, radius_steps: 3}",
@@ -389,8 +392,8 @@ BAD_ARGUMENTS = [
     *(
         (make, {name: value}, rf"`{name}` should be {expected}, found {found}\.")
         for make, name, value, expected, found in [
-            (TPGMCallback, "radius_lr", -0.1, "a positive number", "-0.1"),
-            (TPGMCallback, "radius_lr", True, "a positive number", "True"),
+            (TPGMCallback, "radius_lr", -0.1, "a positive number or 'auto'", "-0.1"),
+            (TPGMCallback, "radius_lr", True, "a positive number or 'auto'", "True"),
             (TPGMCallback, "norm", "l1", "one of 'mars', 'l2'", "'l1'"),
             (TPGMCallback, "radius_steps", 0, "a positive integer", "0"),
             (TPGMCallback, "every_n_steps", 1.5, "a positive integer", "1.5"),
@@ -400,7 +403,7 @@ BAD_ARGUMENTS = [
             (TPGMCallback, "dataloader", "held out", "an import path .*", "'held out'"),
             (FTPCallback, "k", 1.5, r"a number in \[0, 1\]", "1.5"),
             (FTPCallback, "k", float("nan"), r"a number in \[0, 1\]", "nan"),
-            (FTPCallback, "radius_lr", 0, "a positive number", "0"),
+            (FTPCallback, "radius_lr", 0, "a positive number or 'auto'", "0"),
             (FTPCallback, "norm", None, "one of 'mars', 'l2'", "None"),
             (DiGraPCallback, "omega_lr", float("inf"), "a positive number", "inf"),
             (DiGraPCallback, "omega_lr", "0.1", "a positive number", "'0.1'"),
@@ -685,7 +688,12 @@ def for_manual_optimization(method: Method) -> MethodCallback:
     if not isinstance(callback, TPGMCallback):
         return callback
     return TPGMCallback(
-        norm=callback.norm, when=callback.when, radius_steps=callback.radius_steps, loss="validation_step"
+        radius_lr=callback.radius_lr,
+        norm=callback.norm,
+        when=callback.when,
+        radius_steps=callback.radius_steps,
+        every_n_steps=callback.every_n_steps,
+        loss="validation_step",
     )
 
 
@@ -732,7 +740,12 @@ def test_gradient_clipping(method: Method) -> None:
     free, _ = clipped(None)
     assert_same(clipped(1e6)[0], free)
     weights, callback = clipped(0.05)
-    assert not any(torch.equal(weight, free[name]) for name, weight in weights.items())
+    start = parameters(Branches())  # a tensor that is pinned to its anchor is there in both
+    pinned = {
+        name for name, weight in weights.items() if isinstance(callback, WithRadii) and weight.allclose(start[name])
+    }
+    assert pinned < weights.keys()
+    assert not any(torch.equal(weight, free[name]) for name, weight in weights.items() if name not in pinned)
     if isinstance(callback, WithRadii):
         assert_inside_ball(weights, parameters(Branches()), callback.radii, callback.norm)
 
@@ -748,7 +761,7 @@ def test_gradient_clipping_is_seen(name: str) -> None:
     trainer = quiet_trainer(callback, precision="64-true", gradient_clip_val=0.1)
     trainer.fit(module, data)
     references = {
-        "FTP": lambda: ReferenceFTP(by_hand.anchors),
+        "FTP": lambda: ReferenceFTP(by_hand.anchors, radius_lr="auto"),
         "SPD": lambda: ReferenceSPD(by_hand.anchors, 0.9),
     }
     reference = references[name]()

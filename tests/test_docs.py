@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_tpgm
+from lightning_tpgm import TPGMCallback
 from lightning_tpgm.callbacks.method import MethodCallback
-from my_project import ConvNet, Photos, ViT
+from my_project import ConvNet, Photos, ViT, photos
 
 PAGES = sorted(Path(__file__).parents[1].joinpath("docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -34,7 +36,9 @@ def pages_with(language: str) -> Any:
 def _in_the_readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    torch.save(ConvNet().state_dict(), "pretrained.pt")
+    convnet = ConvNet()
+    convnet(photos(32, seed=0).tensors[0])  # BatchNorm has seen data
+    torch.save(convnet.state_dict(), "pretrained.pt")
     torch.save(ViT().state_dict(), "vit.pt")
 
 
@@ -71,12 +75,45 @@ def test_yaml_of_a_page_is_a_configuration(page: Path, tmp_path: Path) -> None:
 def test_blocks_are_of_known_kinds() -> None:
     """Python and YAML run here. A shell's lines are examples' names and the command line, tested elsewhere."""
     kinds = {match[1] for page in PAGES for match in BLOCK.finditer(page.read_text())}
-    assert kinds <= {"python", "yaml", "console", "text"}
+    assert kinds <= {"python", "yaml", "console", "text", "bibtex"}
+
+
+def test_code_fits_a_phone() -> None:
+    """As wide as docs/site.css makes room for."""
+    code = [line for page in PAGES for match in BLOCK.finditer(page.read_text()) for line in match[2].splitlines()]
+    assert [line for line in code if len(line) > 56] == []
+
+
+def text_of(name: str) -> str:
+    return (PAGES[0].parent / name).read_text()
+
+
+def test_arguments_are_those_of_the_callback() -> None:
+    text = text_of("tuning.md")
+    table = text[text.index("| `TPGMCallback(...)`") :].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", table, flags=re.MULTILINE)
+    parameters = inspect.signature(TPGMCallback).parameters.values()
+    assert [name for name, _ in rows] == [parameter.name for parameter in parameters]
+    assert [eval(default) for _, default in rows] == [parameter.default for parameter in parameters]
+
+
+def test_defaults_that_are_named_in_passing() -> None:
+    """Where a default changes, these sentences do."""
+    every = inspect.signature(TPGMCallback).parameters["every_n_steps"].default
+    assert f"`every_n_steps` ({every})" in text_of("tuning.md")
+    assert every == 4
+    assert all("every fourth" in text_of(name) for name in ("how.md", "cost.md"))
+
+
+def test_every_method_is_in_the_choice() -> None:
+    section = text_of("choosing.md").partition("## The methods")[2]
+    callbacks = [name for name in lightning_tpgm.__all__ if name.endswith("Callback")]
+    assert [name for name in callbacks if f"| `{name}` |" not in section] == []
 
 
 def test_api_lists_everything_public() -> None:
-    text = (PAGES[0].parent / "api.md").read_text()
-    assert set(re.findall(r"^::: lightning_tpgm\.(\w+)$", text, flags=re.MULTILINE)) >= set(lightning_tpgm.__all__)
+    listed = re.findall(r"^::: lightning_tpgm\.(\w+)$", text_of("api.md"), flags=re.MULTILINE)
+    assert set(listed) >= set(lightning_tpgm.__all__)
 
 
 def test_recipe_freezes_the_statistics() -> None:

@@ -112,7 +112,7 @@ def test_none_of_the_training_step_skips_the_update(tmp_path: Path) -> None:
     assert value is None
     assert set(grads.values()) == {None}
 
-    skipping, once = TPGMCallback(), TPGMCallback(every_n_steps=1000)
+    skipping, once = TPGMCallback(every_n_steps=1), TPGMCallback(every_n_steps=1000)
 
     def from_the_second_on(loss: Tensor) -> Tensor | None:
         calls.append(1)
@@ -239,7 +239,7 @@ def test_update_that_is_not_finite_is_skipped_with_one_warning(bad: Any, tmp_pat
         calls.append(1)
         return loss if len(calls) == 1 else bad(loss)
 
-    skipping, once = TPGMCallback(), TPGMCallback(every_n_steps=1000)
+    skipping, once = TPGMCallback(every_n_steps=1), TPGMCallback(every_n_steps=1000)
     with pytest.warns(UserWarning, match="not finite: that radius update was skipped, training goes on") as caught:
         found = fit(tmp_path, Returns(bad_from_the_second_on), skipping, max_epochs=2)
     assert sum("held-out" in str(warning.message) for warning in caught) == 1
@@ -257,7 +257,7 @@ def test_update_after_a_skipped_one_is_made(tmp_path: Path) -> None:
         calls.append(1)
         return not_a_number(loss) if len(calls) == 2 else loss
 
-    callback = TPGMCallback()
+    callback = TPGMCallback(every_n_steps=1)
     with pytest.warns(UserWarning, match="not finite"):
         fit(tmp_path, Returns(bad_once), callback)
     radii = callback.state_dict()["method"]["radii"]
@@ -520,6 +520,6 @@ def test_held_out_loss_is_that_at_the_projected_weights(tmp_path: Path) -> None:
         seen.append((all(inside), pl_module.training))
         return classifier_loss(pl_module, batch)
 
-    callback = TPGMCallback(loss=own_loss, radius_steps=3)
+    callback = TPGMCallback(loss=own_loss, radius_steps=3, every_n_steps=1)
     fit(tmp_path, Classifier(lr=1.0), callback)
     assert seen == [(True, False)] * 12

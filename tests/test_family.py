@@ -80,7 +80,7 @@ def test_ftp_recorded_trajectory() -> None:
     recording = load_recording("ftp_sgd_k1.npz")
     module = LitParity(recording)
     module.configure_optimizers = lambda: OPTIMIZERS["sgd"](list(module.parameters()))  # type: ignore[method-assign]
-    callback = FTPCallback(k=1.0, norm="mars", exclude=["*.head.*"])
+    callback = FTPCallback(k=1.0, radius_lr=1e-2, norm="mars", exclude=["*.head.*"])
     recorder = Recorder(callback)
 
     fit(module, [callback, recorder], DataLoader(TensorDataset(recording.train_x, recording.train_y), BATCH_SIZE))
@@ -94,10 +94,11 @@ def test_ftp_recorded_trajectory() -> None:
 @pytest.mark.parametrize("k", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize("norm", ["mars", "l2"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_ftp_float64_loop(optimizer: str, norm: str, k: float) -> None:
+@pytest.mark.parametrize("radius_lr", [0.02, "auto"])
+def test_ftp_float64_loop(radius_lr: float | str, optimizer: str, norm: str, k: float) -> None:
     module, by_hand, data = start(optimizer, seed=3)
-    reference = ReferenceFTP(by_hand.anchors, k=k, radius_lr=0.02, norm=norm)
-    callback = FTPCallback(k=k, radius_lr=0.02, norm=norm)
+    reference = ReferenceFTP(by_hand.anchors, k=k, radius_lr=radius_lr, norm=norm)
+    callback = FTPCallback(k=k, radius_lr=radius_lr, norm=norm)
     recorder = Recorder(callback)
     fit(module, [callback, recorder], data, precision="64-true")
     for x, radii in zip(by_hand.train, recorder.radii, strict=True):

@@ -252,7 +252,7 @@ def test_recurrent_layers_alone_are_in_train_mode_without_dropout(tmp_path: Path
 
     seen.clear()
     module = Module()
-    fit(tmp_path, module, TPGMCallback())
+    fit(tmp_path, module, TPGMCallback(every_n_steps=1))
     assert seen == [(True, True, True, True), (False, True, False, False)] * 4
     assert module.rnn.dropout == 0.5
     assert all(part.training for part in module.modules())
@@ -296,9 +296,9 @@ eval_mode_is_noticed = pytest.mark.filterwarnings("ignore:Found 1 module.* in ev
 @eval_mode_is_noticed
 def test_eval_mode_false_evaluates_in_the_modules_own_modes(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="`eval_mode=False`"):
-        fit(tmp_path, NeedsTraining(), TPGMCallback())
+        fit(tmp_path, NeedsTraining(), TPGMCallback(every_n_steps=1))
     seen.clear()
-    fit(tmp_path, NeedsTraining(), TPGMCallback(eval_mode=False))
+    fit(tmp_path, NeedsTraining(), TPGMCallback(eval_mode=False, every_n_steps=1))
     assert seen == [(True, True, False, True)] * 8
 
 
@@ -506,7 +506,7 @@ def test_mode_of_the_validation_loaders_is_kept(
     fit(
         tmp_path,
         module,
-        TPGMCallback(loss=own_loss),
+        TPGMCallback(loss=own_loss, every_n_steps=1),
         train,
         combined,
         limit_val_batches=limit_val_batches,
@@ -570,7 +570,7 @@ def test_persistent_workers_that_validation_shares(given: bool, tmp_path: Path) 
 
         loader: DataLoader[Any] = DataLoader(Counting(), 8, num_workers=1, persistent_workers=True)
         module = Classifier()
-        callback = TPGMCallback(loader if given else None, loss=own_loss)
+        callback = TPGMCallback(loader if given else None, loss=own_loss, every_n_steps=1)
         trainer = trainer_in(tmp_path, max_epochs=epochs, callbacks=[callback])
         trainer.fit(module, Blobs(train=24).train_dataloader(), loader, ckpt_path=ckpt_path)
         return drawn, trainer, weights_of(module)
@@ -616,7 +616,7 @@ def test_reloaded_validation_loaders_are_followed(reload: int, tmp_path: Path, m
     fit(
         tmp_path,
         Classifier(),
-        TPGMCallback(loss=own_loss),
+        TPGMCallback(loss=own_loss, every_n_steps=1),
         Data(),
         limit_val_batches=1.0,
         max_epochs=3,
@@ -736,7 +736,7 @@ def test_a_resumed_run_says_how_much_of_a_stream_it_draws_again(
     monkeypatch.setattr(heldout, "rank_zero_info", said.append)
 
     def run(epochs: int, ckpt_path: Path | None = None) -> pl.Trainer:
-        callback = TPGMCallback(DataLoader(Stream(), 8))
+        callback = TPGMCallback(DataLoader(Stream(), 8), every_n_steps=1)
         trainer = trainer_in(tmp_path, limit_val_batches=0, max_epochs=epochs, callbacks=[callback])
         trainer.fit(Classifier(), Blobs(), ckpt_path=ckpt_path)
         return trainer
@@ -747,3 +747,29 @@ def test_a_resumed_run_says_how_much_of_a_stream_it_draws_again(
     (text,) = (text for text in said if "again" in text)
     assert text.startswith("To go on where the run was, 4 held-out batches are drawn again: their stream has no length")
     assert "pass a `dataloader` whose passes end sooner" in text
+
+
+@pytest.mark.parametrize(("loss", "said"), [(None, True), ("validation_step", False)])
+def test_a_step_that_splits_its_examples_itself_may_share_them(loss: Any, said: bool, tmp_path: Path) -> None:
+    """Forecasters train on the first values of each series, and validate on the last ones of the same."""
+    same = DataLoader(TensorDataset(torch.arange(48.0).reshape(6, 8)), batch_size=6)
+
+    class Splits(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.layer(batch[0][:, :4]).square().mean()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.layer(batch[0][:, 4:]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+    trainer = trainer_in(tmp_path, callbacks=[TPGMCallback(loss=loss)])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer.fit(Splits(), same, same)
+    assert any("held-out examples are training examples" in str(each.message) for each in seen) == said

@@ -482,7 +482,7 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def fit_two_epochs(tmp_path: Path, module: pl.LightningModule, *data: Any, **settings: Any) -> TPGMCallback:
-    callback = TPGMCallback()
+    callback = TPGMCallback(every_n_steps=1)
     # validation itself would write into the lists, too
     settings = {"max_epochs": 2, "num_sanity_val_steps": 0, "check_val_every_n_epoch": 9, **settings}
     trainer_in(tmp_path, callbacks=[callback], **settings).fit(module, *data)
@@ -564,7 +564,7 @@ def test_default_loader_shuffles_and_leaves_the_validation_loader_alone(tmp_path
         seen.append(batch[0][:, 0].tolist())
         return Classifier.loss(pl_module, batch)
 
-    trainer_in(tmp_path, max_epochs=2, callbacks=[TPGMCallback(loss=own_loss)]).fit(module, data)
+    trainer_in(tmp_path, max_epochs=2, callbacks=[TPGMCallback(loss=own_loss, every_n_steps=1)]).fit(module, data)
     assert orders["eval"] == in_order * 3  # a sanity check and two validations
     assert [len(batch) for batch in seen] == [8] * 8
     passes = [seen[i] + seen[i + 1] for i in range(0, 8, 2)]
@@ -664,7 +664,7 @@ def test_position_survives_in_the_checkpoint(tmp_path: Path) -> None:
             return pl_module.loss(batch)
 
         torch.manual_seed(seed)
-        callback = TPGMCallback(loss=own_loss, radius_steps=2)
+        callback = TPGMCallback(loss=own_loss, radius_steps=2, every_n_steps=1)
         trainer = trainer_in(tmp_path, max_epochs=epochs, callbacks=[callback])
         trainer.fit(Classifier(), Blobs(val=24), ckpt_path=ckpt_path)
         return trainer, seen

@@ -34,6 +34,7 @@ FLOORS = (
         "selection",
         "pretrained",
         "initialisation",
+        "freshness",
         "gradients",
         "optimizers",
     ),

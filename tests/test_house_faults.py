@@ -235,6 +235,7 @@ class StepsTheOldOne(Branches):
             self.plain_steps += 1
 
 
+@pytest.mark.filterwarnings("ignore:.* is outside of its ball:UserWarning")  # and this is said
 @pytest.mark.parametrize("raw", [True, False], ids=["around Lightning", "as Lightning's"])
 def test_optimizers_that_were_replaced_are_left_alone(method: Method, raw: bool) -> None:
     """Their steps are plain steps, with the gradients that the backward left."""

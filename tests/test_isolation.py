@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from lightning_tpgm import TPGMCallback, WiSEFTCallback
 from lightning_tpgm.callbacks.isolation import Isolation, no_trace
+from lightning_tpgm.callbacks.memory import Memory
 from lightning_tpgm.callbacks.weights import SMALL
 from properties import assert_same
 from toys import FEATURES, Blobs, Classifier, trainer_in
@@ -392,6 +393,83 @@ def test_submodules_that_come_between_evaluations_are_seen() -> None:
             added.note = 1
         assert added.training
         assert not hasattr(added, "note")
+
+
+def test_attributes_that_are_exchanged_between_evaluations_are_seen() -> None:
+    """As many as before, of other names."""
+    module, isolation, trainer = Bare(), Isolation(), trainer_in(Path())
+    module.first = [1]
+    for name, other in (("first", "second"), ("second", "third")):
+        with isolation.no_trace(trainer, module):
+            getattr(module, name).append(2)
+        assert getattr(module, name) == [1]
+        delattr(module, name)
+        setattr(module, other, [1])
+
+
+def test_short_lists_are_put_back_in_place() -> None:
+    module = Bare()
+    module.numbers, module.empty, module.again, module.pair, module.one = [1, 2], [], [3], ([4], 5), [1]
+    module.same = numbers = module.numbers
+    inner = module.pair[0]
+
+    def change() -> None:
+        module.one[0] = True  # equal, and another object
+        module.numbers[0] = 7
+        module.numbers.append([1])
+        module.empty.append(1)
+        module.again = [3]
+        inner.append(6)
+
+    again = module.again
+    evaluate(module, change)
+    assert module.numbers is module.same is numbers
+    assert module.again is again
+    assert [numbers, module.empty, again, module.pair] == [[1, 2], [], [3], ([4], 5)]
+    assert type(module.one[0]) is int
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("eval_mode", [True, False])
+@pytest.mark.parametrize("overridden", [True, False])
+@pytest.mark.parametrize("change", ["nothing", "train", "eval", "one"])
+def test_modes_of_an_evaluation(eval_mode: bool, overridden: bool, change: str) -> None:
+    """Inside as asked for, afterwards as they were, to the object; parts in TorchScript, too."""
+
+    class Own(Bare):
+        def on_validation_model_eval(self) -> None:
+            self.train()
+
+    module = Own() if overridden else Bare()
+    module.layers = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.BatchNorm1d(2).eval(), nn.Dropout().eval())
+    module.scripted = torch.jit.script(nn.Sequential(nn.Dropout()))
+    before = [part.training for part in module.modules()]
+    assert len({*before}) == 2
+    isolation, trainer = Isolation(), trainer_in(Path())
+    for _ in range(3):
+        with isolation.no_trace(trainer, module, eval_mode=eval_mode):
+            inside = [part.training for part in module.modules()]
+            expected = before if not eval_mode else [overridden] * len(before)
+            assert inside == expected
+            if change == "one":
+                module.layers[2].train()
+                module.layers[0].eval()
+            elif change != "nothing":
+                module.train(change == "train")
+        assert [part.training for part in module.modules()] == before
+
+
+def test_simple_attributes_cost_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of torch's own layers: numbers, texts, tuples and short lists of them."""
+    kept: list[Any] = []
+    keep = Memory.keep
+    monkeypatch.setattr(Memory, "keep", lambda self, value: kept.append(value) or keep(self, value))
+    module = Bare()
+    module.layers = nn.Sequential(nn.Conv2d(1, 1, 1), nn.LayerNorm(2), nn.BatchNorm2d(1), nn.MaxPool2d(2), nn.GELU())
+    module.mine = {"a": 1}
+    evaluate(module, lambda: None, times=1)
+    assert [value for value in kept if value == {"a": 1}] == [module.mine]
+    assert not [value for value in kept if isinstance(value, tuple | list)]
 
 
 # --- loggers and logs

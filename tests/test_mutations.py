@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from lightning_tpgm import TPGMCallback
 from lightning_tpgm.callbacks.isolation import no_trace
 from lightning_tpgm.constrained import Constrained
-from lightning_tpgm.methods.learned import Radii
+from lightning_tpgm.methods.radii import Radii
 from lightning_tpgm.projection import radius_slope
 from lightning_tpgm.sharding import local_gradient
 from properties import assert_same

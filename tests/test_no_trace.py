@@ -270,7 +270,7 @@ def test_run_is_identical_to_one_without_the_callback(
 ) -> None:
     held_out = Counted(blobs(20, seed=3))
     loader = DataLoader(held_out, BATCH_SIZE, shuffle=True)
-    callback = TPGMCallback(loader, exclude=all_but_unused(), loss=loss, radius_steps=2)
+    callback = TPGMCallback(loader, exclude=all_but_unused(), loss=loss, radius_steps=2, every_n_steps=1)
     module, moments, metrics_file = run(tmp_path, callback)
 
     assert list(callback.radii) == ["unused"]

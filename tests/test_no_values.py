@@ -26,8 +26,10 @@ from lightning_tpgm.methods import Method
 from toys import quiet_trainer
 
 METHODS: dict[str, Callable[..., MethodCallback]] = {
-    "tpgm": lambda **options: TPGMCallback([torch.ones(2, 3)], **options),
-    "tpgm l2": lambda **options: TPGMCallback([torch.ones(2, 3)], norm="l2", radius_steps=2, **options),
+    "tpgm": lambda **options: TPGMCallback([torch.ones(2, 3)], every_n_steps=1, **options),
+    "tpgm l2": lambda **options: TPGMCallback(
+        [torch.ones(2, 3)], norm="l2", radius_steps=2, every_n_steps=1, **options
+    ),
     "ftp": FTPCallback,
     "digrap": DiGraPCallback,
     "spd": SPDCallback,

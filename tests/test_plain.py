@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
 RARE: dict[str, Any] = {"norm": "l2", "radius_steps": 2, "every_n_steps": 2}
 CASES = {
-    "TPGM mars": Case(TPGM, TPGMCallback),
+    "TPGM mars": Case(partial(TPGM, every_n_steps=1), partial(TPGMCallback, every_n_steps=1)),
     "TPGM l2": Case(partial(TPGM, **RARE), partial(TPGMCallback, **RARE)),
     "FTP": Case(FTP, FTPCallback),
     "DiGraP": Case(partial(DiGraP, 0.3), partial(DiGraPCallback, 0.3)),
@@ -771,17 +771,18 @@ def run_plain(module: WithOptimizer, method: Method, by_hand: ByHand) -> Constra
     return constraint
 
 
+@pytest.mark.parametrize("radius_lr", [0.02, "auto"])
 @pytest.mark.parametrize("norm", ["mars", "l2"])
-def test_tpgm_float64_loop(norm: str) -> None:
+def test_tpgm_float64_loop(norm: str, radius_lr: float | str) -> None:
     module = Tensors(scale=1.0, lr=0.05, seed=1)
     anchors = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     generator = torch.Generator().manual_seed(2)
     train, held_out = (torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (STEPS, 4))
-    reference = ReferenceTPGM(anchors, norm, radius_lr=0.02, radius_steps=2, every_n_steps=2)
+    reference = ReferenceTPGM(anchors, norm, radius_lr=radius_lr, radius_steps=2, every_n_steps=2)
     radii, weights = reference_run(module, reference, train, cycle(held_out))
 
     drawn, optimizer = cycle(held_out), module.configure_optimizers()
-    method = TPGM(0.02, "mars" if norm == "mars" else "l2", radius_steps=2, every_n_steps=2)
+    method = TPGM(radius_lr, "mars" if norm == "mars" else "l2", radius_steps=2, every_n_steps=2)
     constraint = constrain(
         module, method, optimizer, held_out_loss=lambda: module.training_step((next(drawn)[None],), 0)
     )

@@ -64,7 +64,8 @@ def test_fit_end_is_plain_fine_tuning_until_then(norm: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("norm", ["mars", "l2"])
 @pytest.mark.parametrize("radius_steps", [1, 20])
-def test_fit_end_radii_equal_a_float64_loop(norm: str, radius_steps: int) -> None:
+@pytest.mark.parametrize("radius_lr", [1e-3, "auto"])
+def test_fit_end_radii_equal_a_float64_loop(norm: str, radius_steps: int, radius_lr: float | str) -> None:
     """The reference, applied once to the weights of plain fine-tuning with that many radius steps."""
     generator = torch.Generator().manual_seed(1)
     train, held_out = (torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (7, 4))
@@ -78,11 +79,11 @@ def test_fit_end_radii_equal_a_float64_loop(norm: str, radius_steps: int) -> Non
         grads = torch.autograd.grad(loss_of(leaves, next(batches)), list(leaves.values()), allow_unused=True)
         return dict(zip(leaves, grads, strict=True))
 
-    reference = ReferenceTPGM(anchors, norm, radius_lr=1e-3, radius_steps=radius_steps)
+    reference = ReferenceTPGM(anchors, norm, radius_lr, radius_steps, at_end=True)
     expected = reference.after_step(dict(plain.named_parameters()), gradients)
 
     loader = DataLoader(TensorDataset(held_out))
-    callback = TPGMCallback(loader, norm=norm, radius_lr=1e-3, when="fit_end", radius_steps=radius_steps)
+    callback = TPGMCallback(loader, norm=norm, radius_lr=radius_lr, when="fit_end", radius_steps=radius_steps)
     fit(module, [callback], DataLoader(TensorDataset(train)), precision="64-true")
     assert callback.radii == pytest.approx(reference.radii, rel=1e-6, abs=1e-9)
     for name, parameter in module.named_parameters():

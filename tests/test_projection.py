@@ -12,7 +12,7 @@ from torch import Tensor
 
 import reference
 from lightning_tpgm.constrained import Constrained
-from lightning_tpgm.methods.learned import Radii
+from lightning_tpgm.methods.radii import Radii
 from lightning_tpgm.projection import EPS, MIN_RADIUS, legal_radius, ratio
 from properties import (
     assert_idempotent,

@@ -404,7 +404,7 @@ def test_exact_resume_of_the_held_out_data(kind: str, tmp_path: Path) -> None:
     """Step 8 is in the middle of the third pass over three batches."""
 
     def make() -> TPGMCallback:
-        return TPGMCallback(HELD_OUT[kind](), radius_lr=0.05)
+        return TPGMCallback(HELD_OUT[kind](), radius_lr=0.05, every_n_steps=1)
 
     expected = uninterrupted(make, tmp_path)
     assert expected["callback"]["method"]["held_out"]["passes"] == 5

@@ -57,7 +57,7 @@ def watched_fit(
 ) -> tuple[TPGMCallback, Watch]:
     """A fit in which every step of every optimizer is watched. Arguments of the callback are under ``tpgm``."""
     tpgm = settings.pop("tpgm", {})
-    callback = TPGMCallback(loss=lambda pl_module, batch: watch.loss(pl_module, batch), **tpgm)
+    callback = TPGMCallback(loss=lambda pl_module, batch: watch.loss(pl_module, batch), **{"every_n_steps": 1, **tpgm})
     watch = Watch(callback)
     callbacks = [watch, callback, AfterEachStep(watch.left), *settings.pop("callbacks", [])]
     trainer_in(tmp_path, **{"limit_val_batches": 0, **settings}, callbacks=callbacks).fit(module, data or Blobs())
@@ -357,7 +357,7 @@ def test_step_that_calls_the_inherited_one_counts_once(tmp_path: Path) -> None:
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)  # from now on torch calls the hooks twice
     module = Classifier()
     module.configure_optimizers = lambda: Decaying(module.parameters(), lr=0.1)  # type: ignore[method-assign]
-    callback = TPGMCallback()
+    callback = TPGMCallback(every_n_steps=1)
     trainer_in(tmp_path, callbacks=[callback]).fit(module, Blobs())
     assert callback.state_dict()["method"]["radii"]["step"].tolist() == [4] * 4
     assert_inside_balls(module, callback.anchor, callback.radii)
@@ -440,7 +440,7 @@ def test_parameters_that_are_unfrozen_later_join_then(tmp_path: Path) -> None:
             names.append(list(callback.radii))
 
     finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, backbone_initial_lr=0.1)
-    callback = TPGMCallback()
+    callback = TPGMCallback(every_n_steps=1)
     callbacks = [finetuning, callback, Names()]
     trainer_in(tmp_path, max_epochs=3, callbacks=callbacks).fit(module, Blobs())
     head, backbone = ["head.weight", "head.bias"], ["backbone.0.weight", "backbone.0.bias"]
@@ -498,7 +498,7 @@ def test_optimizer_is_left_alone_after_the_fit(end: str, tmp_path: Path) -> None
             raise KeyboardInterrupt if end == "interrupt" else Stop
         return classifier_loss(pl_module, batch)
 
-    module, callback = Classifier(), TPGMCallback(loss=own_loss)
+    module, callback = Classifier(), TPGMCallback(loss=own_loss, every_n_steps=1)
     callbacks = [callback, StopInThirdBatch()] if end == "exception" else [callback]
     trainer = trainer_in(tmp_path, callbacks=callbacks)
     # of the held-out data it comes with likely causes
@@ -527,7 +527,7 @@ def test_second_fit_acts_once_a_step(tmp_path: Path) -> None:
         calls.append(1)
         return classifier_loss(pl_module, batch)
 
-    module, callback = Classifier(), TPGMCallback(loss=own_loss)
+    module, callback = Classifier(), TPGMCallback(loss=own_loss, every_n_steps=1)
     for fits in (1, 2):
         trainer_in(tmp_path, callbacks=[callback]).fit(module, Blobs())
         assert len(calls) == 4 * fits

@@ -226,7 +226,7 @@ def test_module_is_evaluated_without_a_trace(kind: str, tmp_path: Path) -> None:
         optimizer = trainer.optimizers[0].state_dict()
         return {"module": dict(inner(module).state_dict()), "metrics": metrics, "optimizer": optimizer}
 
-    callback = TPGMCallback()
+    callback = TPGMCallback(every_n_steps=1)
     assert_same(run(callback), run())
     assert list(callback.radii) == ["unused"]
     assert callback.state_dict()["method"]["held_out"]["drawn"] == 8
@@ -343,7 +343,7 @@ TRAINERS: dict[str, tuple[dict[str, Any], int]] = {  # settings, number of optim
 @pytest.mark.parametrize("setting", TRAINERS)
 def test_trainer_setting(setting: str, tmp_path: Path) -> None:
     settings, steps = TRAINERS[setting]
-    module, callback = Classifier(), TPGMCallback()
+    module, callback = Classifier(), TPGMCallback(every_n_steps=1)
     start = weights_of(module)
     if setting == "barebones":  # refuses these, even if they say that it should not
         trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=2, callbacks=[callback], **settings)

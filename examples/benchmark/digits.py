@@ -28,16 +28,17 @@ def data_sets() -> tuple[TensorDataset, dict[str, TensorDataset]]:
 SUITE = Suite(
     name="digits",
     data=lambda seed: Data(*data_sets(), seed, train=400, held_out=100, choice=400),
-    model=lambda lr: DigitClassifier(lr, str(CHECKPOINT), freeze_statistics=True),
-    head="head.*",
-    probe_first=False,
-    learning_rates=(3e-4, 1e-3, 3e-3),
+    model=lambda seed, lr: DigitClassifier(lr, str(CHECKPOINT), freeze_statistics=True),
+    rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     epochs=20,
     in_distribution="digits",
-    groups={"seen in pretraining": ("clean", "rotated", "noisy", "blurred", "inverted", "low contrast", "shifted")},
-    elsewhere={
-        "Adam, lr 3e-4": {"lr": 3e-4},
-        "Adam, lr 3e-3": {"lr": 3e-3},
-        "SGD, lr 1e-2": {"lr": 1e-2, "momentum": 0.9},
+    groups={"shifted": ("clean", "rotated", "noisy", "blurred", "inverted", "low contrast", "shifted")},
+    conditions={
+        "cosine": {"schedule": "cosine", "rates": (1e-3, 3e-3)},
+        "one-cycle": {"schedule": "one-cycle", "rates": (1e-3, 3e-3)},
+        "a quarter of the steps": {"length": 0.25, "rates": (1e-3, 3e-3)},
+        "four times the steps": {"length": 4.0, "rates": (1e-3, 3e-3)},
+        "SGD": {"momentum": 0.9, "rates": (1e-2, 1e-1)},
     },
+    seeds=10,
 )

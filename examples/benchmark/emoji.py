@@ -24,18 +24,19 @@ SEEN = ("google", "twitter", "openmoji")  # by the broad pretraining
 UNSEEN = ("openmoji black", "fluent flat")
 
 
-class Thirds(NamedTuple):
-    """Disjoint thirds of the emoji, the same in every style: their positions, shape (N,)."""
+class Parts(NamedTuple):
+    """Disjoint parts of the emoji, the same in every style: their positions, shape (N,)."""
 
     pretraining: Tensor
     fine_tuning: Tensor
     test: Tensor
 
 
-def thirds(emoji: Emoji) -> Thirds:
-    """Split the code points once and for all."""
-    order = torch.randperm(len(emoji.codes), generator=torch.Generator().manual_seed(0))
-    return Thirds(*order.tensor_split(3))
+def parts(count: int, fold: int) -> Parts:
+    """A fifth to test on, every emoji in one of the folds; two fifths each for pretraining and fine-tuning."""
+    fifths = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tensor_split(5)
+    test, *others = (fifths[(fold + i) % 5] for i in range(5))
+    return Parts(torch.cat(others[:2]), torch.cat(others[2:]), test)
 
 
 def pictures(emoji: Emoji, styles: Sequence[str], positions: Tensor) -> TensorDataset:
@@ -98,26 +99,27 @@ class EmojiClassifier(LightningModule):
 
 
 @cache
-def data_sets() -> tuple[TensorDataset, dict[str, TensorDataset]]:
-    """The second third in one style to fine-tune on; the last third, in every style, to test on."""
+def data_sets(fold: int) -> tuple[TensorDataset, dict[str, TensorDataset]]:
+    """Emoji in one style to fine-tune on; others, in every style, to test on."""
     emoji = load(cached("emoji.npz"))
-    _, fine_tuning, test = thirds(emoji)
+    _, fine_tuning, test = parts(len(emoji.codes), fold)
     domains = {style: pictures(emoji, [style], test) for style in (TARGET, *SEEN, *UNSEEN)}
     return pictures(emoji, [TARGET], fine_tuning), domains
 
 
 SUITE = Suite(
     name="emoji",
-    data=lambda seed: Data(*data_sets(), seed, train=366, held_out=40),
-    model=lambda lr, again=False: EmojiClassifier(
-        lr, weights=str(cached("emoji_pretrained_again.pt" if again else "emoji_pretrained.pt"))
-    ),
-    head="network._fc.*",
-    probe_first=False,
-    learning_rates=(3e-4, 1e-3),
-    also=(1e-4,),  # plain fine-tuning forgets nothing with it, see README.md
+    data=lambda fold: Data(*data_sets(fold), fold, train=366, held_out=60, choice=60),
+    model=lambda fold, lr: EmojiClassifier(lr, weights=str(cached(f"emoji_fold{fold}.pt"))),
+    rates=(1e-4, 3e-4, 1e-3, 3e-3),
     epochs=10,
     in_distribution=TARGET,
-    groups={"seen in pretraining": SEEN, "never seen": UNSEEN},
-    elsewhere={"pretrained anew": {"again": True}},
+    groups={"styles seen": SEEN, "styles never seen": UNSEEN},
+    conditions={
+        "cosine": {"schedule": "cosine", "rates": (3e-4, 1e-3)},
+        "one-cycle": {"schedule": "one-cycle", "rates": (3e-4, 1e-3)},
+        "a quarter of the steps": {"length": 0.25, "rates": (3e-4, 1e-3)},
+        "four times the steps": {"length": 4.0, "rates": (3e-4, 1e-3)},
+        "SGD": {"momentum": 0.9, "rates": (1e-2,)},
+    },
 )

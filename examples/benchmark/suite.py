@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-SUITES = ("emoji", "digits", "sentiment")
+SUITES = ("digits", "emoji", "sentiment")
 
 
 class Data(LightningDataModule):
@@ -23,8 +22,8 @@ class Data(LightningDataModule):
         domains: Test sets by name.
         seed: Of the split and of the order of the training data.
         train: Number of training examples.
-        held_out: Number of examples that TPGM learns its radii from.
-        choice: Number of examples that settings are chosen by, and that serve nothing else; 0: by the held-out ones.
+        held_out: Number of validation examples. TPGM learns its radii from them, and sweeps choose alpha by them.
+        choice: Number of examples that rates and settings are chosen by, and that serve nothing else.
     """
 
     def __init__(
@@ -35,14 +34,12 @@ class Data(LightningDataModule):
         *,
         train: int,
         held_out: int,
-        choice: int = 0,
+        choice: int,
     ) -> None:
         super().__init__()
         mixed = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
         parts = mixed[: train + held_out + choice].split([train, held_out, choice])
         self.train, self.held_out, self.choice = (TensorDataset(*pool[part]) for part in parts)
-        if choice == 0:
-            self.choice = self.held_out
         self.domains = domains
         self.seed = seed
 
@@ -52,8 +49,12 @@ class Data(LightningDataModule):
         return DataLoader(self.train, batch_size=32, shuffle=True, generator=generator)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Held-out data, from which TPGM learns its radii."""
-        return DataLoader(self.held_out, batch_size=50)
+        """Held-out data, in batches of ten: a standard error over batches needs several."""
+        return DataLoader(self.held_out, batch_size=10)
+
+    def tpgm_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The same data in larger batches, for the radii."""
+        return DataLoader(self.held_out, batch_size=50, shuffle=True)
 
 
 @dataclass(frozen=True)
@@ -63,37 +64,38 @@ class Suite:
     Attributes:
         name: Of its results file.
         data: Makes the data of a seed.
-        model: Makes the pretrained module with a learning rate; with ``again=True`` that of a second pretraining.
-        head: Pattern of the names of the head's parameters.
-        probe_first: Whether every method starts from a linear probe, because the head has no pretrained weights.
-        learning_rates: The grid for plain fine-tuning; all methods use the one that is chosen.
-        also: Learning rates at which plain fine-tuning is reported, and that are not chosen.
-        epochs: Of fine-tuning, and of a linear probe.
+        model: Makes the module that fine-tuning with this seed starts from, with this learning rate.
+        rates: Learning rates of the constant schedule, from small to large.
+        epochs: Of fine-tuning.
         in_distribution: The domain of the training data.
         groups: The other domains: name of the group, its domains.
+        conditions: By name, what differs from the usual: ``schedule``, ``length``, ``momentum`` (of SGD), ``rates``.
+        exclude: What methods do not constrain: a head that has no pretrained weights.
         precision: Of the Trainer.
-        selection_seeds: Number of seeds that settings are chosen by.
-        elsewhere: Other conditions that some methods are compared under: by name, the settings that differ.
+        seeds: How many there are; on emoji each is a fold with a pretrained network of its own.
     """
 
     name: str
     data: Callable[[int], Data]
-    model: Callable[..., LightningModule]
-    head: str
-    probe_first: bool
-    learning_rates: tuple[float, ...]
+    model: Callable[[int, float], LightningModule]
+    rates: tuple[float, ...]
     epochs: int
     in_distribution: str
     groups: Mapping[str, tuple[str, ...]]
+    conditions: Mapping[str, Mapping[str, object]]
+    exclude: tuple[str, ...] = ()
     precision: str = "32-true"
-    selection_seeds: int = 3
-    also: tuple[float, ...] = ()
-    elsewhere: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seeds: int = 5
+
+    @property
+    def shifted(self) -> tuple[str, ...]:
+        """All domains but the one in distribution."""
+        return tuple(domain for group in self.groups.values() for domain in group)
 
     @property
     def domains(self) -> tuple[str, ...]:
         """All test domains, the one in distribution first."""
-        return (self.in_distribution, *(domain for group in self.groups.values() for domain in group))
+        return (self.in_distribution, *self.shifted)
 
 
 def load_suite(name: str) -> Suite:

@@ -1,14 +1,15 @@
 """Tables and figures of the committed results.
 
-python examples/benchmark/summary.py          # write the READMEs' tables and the figures
+python examples/benchmark/summary.py          # write the tables of both READMEs, and the figure
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,23 +17,24 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from leads import LEADS
-from methods import ALPHAS, ELSEWHERE, FIXED, LINEAR_PROBE, METHODS, PLAIN, WISE_FT, Fixed, Method
-from results import FOLDER, Result, Settings, mean_and_error, of, read
+from methods import FIXED_RATES, FTP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
+from results import FOLDER, Result, Run, mean_and_error, read
 from suite import SUITES
 
 OVERVIEW = Path(__file__).parents[2] / "README.md"
-SMALL_RATE = Fixed("plain fine-tuning, lr 1e-4", PLAIN.name, {"lr": 1e-4})  # where it was tried
 DETAILS = Path(__file__).parent / "README.md"
+USUAL = "usual"
+# A palette that colour-blind readers can tell apart (Okabe and Ito, 2008).
+COLOURS = {PLAIN: "#000000", WISE_FT: "#E69F00", TPGM: "#0072B2", TPGM_SWEEP: "#009E73", FTP: "#CC79A7"}
 
 
 def present(folder: Path = FOLDER) -> list[str]:
     """The suites that have results."""
-    return [name for name in SUITES if (folder / f"{name}.json").exists()]
+    return [name for name in SUITES if (folder / f"{name}.csv").exists()]
 
 
 class SuiteResults:
-    """The committed results of one suite.
+    """The results of one suite.
 
     Args:
         name: Of the suite.
@@ -41,166 +43,221 @@ class SuiteResults:
 
     def __init__(self, name: str, folder: Path = FOLDER) -> None:
         self.name = name
-        self.results = read(folder / f"{name}.csv")
-        self.description: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
-        self.chosen: Mapping[str, Settings] = self.description["chosen"]
-        self.seeds: list[int] = self.description["seeds"]
-        self.in_distribution: str = self.description["in_distribution"]
-        self.groups: Mapping[str, list[str]] = self.description["groups"]
-        self.plain = self.of(PLAIN.name)
-        self.elsewhere: Mapping[str, Settings] = self.description.get("elsewhere", {})
+        description: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+        self.rates: list[float] = description["rates"]
+        self.conditions: Mapping[str, Mapping[str, Any]] = description["conditions"]
+        self.columns = {"in distribution": [description["in_distribution"]], **description["groups"]}
+        self.shifted = [domain for domains in description["groups"].values() for domain in domains]
+        self._found = {result.run: result for result in read(folder / f"{name}.csv")}
 
-    @property
-    def columns(self) -> dict[str, list[str]]:
-        """What a table shows: its heading, and the domains that it is the mean of."""
-        return {"in distribution": [self.in_distribution], **self.groups}
+    def of(self, method: str, condition: str, lr: float, settings: Mapping[str, Any] | None = None) -> list[Result]:
+        """All seeds of one setting, in their order; none if it was not run."""
+        key = Run(method, condition, lr, tuple(sorted((settings or {}).items())), 0)
+        of_seeds = (self._found.get(replace(key, seed=seed)) for seed in range(100))
+        return [result for result in of_seeds if result is not None]
 
-    @property
-    def shifted(self) -> list[str]:
-        """All domains but the one in distribution."""
-        return [domain for domains in self.groups.values() for domain in domains]
-
-    def of(self, method: str, settings: Settings | None = None) -> list[Result]:
-        """The results of a method or a fixed setting, in the order of the seeds; None: with its chosen settings."""
-        for fixed in (*FIXED, SMALL_RATE):
-            if fixed.name == method:
-                method, settings = fixed.method, {**self.chosen[PLAIN.name], **fixed.settings}
-        return of(self.results, method, self.chosen[method] if settings is None else settings, self.seeds)
-
-    def own_settings(self, method: str) -> str:
-        """The chosen settings that are the method's own."""
-        shared = ("norm",) if method == LINEAR_PROBE.name else ("norm", "lr", "probe_lr")
-        own = {name: value for name, value in self.chosen[method].items() if name not in shared}
-        return ", ".join(f"{name} {value:g}" for name, value in own.items())
-
-    def accuracy(self, method: str, domains: Sequence[str]) -> tuple[float, float]:
-        """Mean accuracy over domains and seeds, in percent, and its standard error."""
-        return mean_and_error([100 * result.mean(domains) for result in self.of(method)])
-
-    def gain(self, method: str, domains: Sequence[str]) -> tuple[float, float]:
-        """Paired difference from plain fine-tuning, in percentage points, and its standard error."""
-        return gain(self.of(method), self.plain, domains)
-
-    def cell(self, method: str, domains: Sequence[str]) -> str:
-        """An accuracy, and the gain over plain fine-tuning; empty for a method that was not tried."""
-        try:
-            return cell(self.of(method), self.plain, domains)
-        except LookupError:
-            return ""
-
-    def cell_at(self, condition: str, method: Method, domains: Sequence[str]) -> str:
-        """The same under one of the other conditions, at the method's fixed setting."""
-        try:
-            found, plain = (self.of(each.name, self.settings_at(condition, each)) for each in (method, PLAIN))
-        except LookupError:
-            return ""
-        return cell(found, plain, domains)
-
-    def settings_at(self, condition: str, method: Method) -> Settings:
-        """All settings of a method under one of the other conditions."""
-        (own,) = method.grid
-        return {**self.chosen[PLAIN.name], **self.elsewhere[condition], **own}
+    def pairs(self, method: str, other: str, condition: str, lr: float) -> list[tuple[Result, Result]]:
+        """The results of two methods for each seed that both have."""
+        others = {result.run.seed: result for result in self.of(other, condition, lr)}
+        found = self.of(method, condition, lr)
+        return [(result, others[result.run.seed]) for result in found if result.run.seed in others]
 
 
-def gain(found: Sequence[Result], plain: Sequence[Result], domains: Sequence[str]) -> tuple[float, float]:
-    """Paired difference of the mean over domains, in percentage points, and its standard error."""
-    pairs = zip(found, plain, strict=True)
-    return mean_and_error([100 * (result.mean(domains) - other.mean(domains)) for result, other in pairs])
+def cell(pairs: Sequence[tuple[Result, Result]], domains: Sequence[str]) -> str:
+    """A mean accuracy in percent, and the paired difference from the other method with its standard error."""
+    if not pairs:
+        return ""
+    mean = fmean(result.mean(domains) for result, _ in pairs)
+    if all(result == other for result, other in pairs):
+        return f"{mean:.1f}"
+    difference, error = mean_and_error([result.mean(domains) - other.mean(domains) for result, other in pairs])
+    return f"{mean:.1f} ({difference:+.1f} ± {error:.1f})"
 
 
-def cell(found: Sequence[Result], plain: Sequence[Result], domains: Sequence[str]) -> str:
-    """An accuracy in percent, and its gain over plain fine-tuning unless it is that."""
-    accuracy = 100 * fmean(result.mean(domains) for result in found)
-    if found == plain:
-        return f"{accuracy:.1f}"
-    difference, error = gain(found, plain, domains)
-    return f"{accuracy:.1f} ({difference:+.1f} ± {error:.1f})"
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table's rows, the heading and the line under it included."""
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def table(suites: Sequence[SuiteResults], methods: Sequence[Method | Fixed] = (*METHODS, *FIXED, SMALL_RATE)) -> str:
-    """Methods on suites, in Markdown."""
-    columns = [(suite, heading, domains) for suite in suites for heading, domains in suite.columns.items()]
+def rates_table(suites: Sequence[SuiteResults]) -> str:
+    """Every method as it comes, at every learning rate: in distribution and under shift."""
     rows = [
-        ["", *(f"{suite.name}: {heading}" for suite, heading, _ in columns)],
-        ["---", *("---:" for _ in columns)],
-        *([method.name, *(suite.cell(method.name, domains) for suite, _, domains in columns)] for method in methods),
+        [
+            f"{suite.name}, {lr:g}",
+            heading,
+            *(cell(suite.pairs(method, PLAIN, USUAL, lr), domains) for method in SHOWN),
+        ]
+        for suite in suites
+        for lr in suite.rates
+        for heading, domains in suite.columns.items()
     ]
-    return markdown(rows)
+    return markdown(["suite, learning rate", "tested", *SHOWN], rows)
 
 
-def elsewhere_table(suites: Sequence[SuiteResults]) -> str:
-    """Methods at fixed settings under other conditions, in Markdown."""
+def conditions_table(suites: Sequence[SuiteResults]) -> str:
+    """The same with other schedules, lengths of run and optimizers."""
     rows = [
-        ["", *(method.name for method in ELSEWHERE)],
-        ["---", *("---:" for _ in ELSEWHERE)],
-        *(
-            [f"{suite.name}, {condition}: {heading}", *(suite.cell_at(condition, m, domains) for m in ELSEWHERE)]
-            for suite in suites
-            for condition in suite.elsewhere
-            for heading, domains in suite.columns.items()
-        ),
+        [
+            f"{suite.name}, {condition}, {lr:g}",
+            heading,
+            *(cell(suite.pairs(method, PLAIN, condition, lr), domains) for method in SHOWN),
+        ]
+        for suite in suites
+        for condition, details in suite.conditions.items()
+        for lr in details["rates"]
+        for heading, domains in suite.columns.items()
+        if suite.of(PLAIN, condition, lr)
     ]
-    return markdown(rows)
+    return markdown(["suite, condition, learning rate", "tested", *SHOWN], rows)
 
 
-def settings_table(suites: Sequence[SuiteResults]) -> str:
-    """What was chosen, in Markdown."""
-    rows = [
-        ["", *(suite.name for suite in suites)],
-        ["---", *("---" for _ in suites)],
-        ["learning rate", *(f"{suite.chosen[PLAIN.name]['lr']:g}" for suite in suites)],
-        *(
-            [method.name, *(suite.own_settings(method.name) for suite in suites)]
-            for method in METHODS
-            if len(method.grid) > 1
-        ),
+def options(suite: SuiteResults, method: str) -> list[list[Result]]:
+    """What a method was run with, at every learning rate and with every setting of its grid; complete ones only."""
+    grid: list[Mapping[str, Any]] = [{}, *next((each.others for each in METHODS if each.name == method), ())]
+    found = [suite.of(method, USUAL, lr, settings) for lr in suite.rates for settings in grid]
+    most = max(map(len, found), default=0)
+    return [results for results in found if results and len(results) == most]
+
+
+def tuned(suite: SuiteResults, method: str) -> list[Result] | None:
+    """A method at the learning rate and setting with the best accuracy on the choice data; None if it was not run."""
+    found = options(suite, method)
+    return max(found, key=lambda results: fmean(result.choice for result in results)) if found else None
+
+
+def tuned_table(suites: Sequence[SuiteResults]) -> str:
+    """Each method at its own best learning rate and settings, chosen in distribution."""
+
+    def cells(suite: SuiteResults, method: str) -> list[str]:
+        best, plain = tuned(suite, method), tuned(suite, PLAIN)
+        if best is None or plain is None:
+            return ["" for _ in range(len(suite.columns) + 1)]
+        settings = ", ".join([f"{best[0].run.lr:g}", *(f"{name} {value}" for name, value in best[0].run.settings)])
+        plain_of = {result.run.seed: result for result in plain}
+        pairs = [(result, plain_of[result.run.seed]) for result in best if result.run.seed in plain_of]
+        return [settings, *(cell(pairs, domains) for domains in suite.columns.values())]
+
+    head = ["", *(f"{suite.name}: {heading}" for suite in suites for heading in ("chosen", *suite.columns))]
+    return markdown(head, ([method, *(part for suite in suites for part in cells(suite, method))] for method in SHOWN))
+
+
+def automatic_table(suites: Sequence[SuiteResults]) -> str:
+    """TPGM with its automatic rate and with fixed ones, as mean accuracies over the seeds that all have."""
+    rows = []
+    for suite in suites:
+        for lr in suite.rates:
+            runs = [suite.of(TPGM, USUAL, lr, settings) for settings in ({}, *FIXED_RATES)]
+            if all(runs):
+                seeds = min(map(len, runs))
+                for heading, domains in (
+                    ("in distribution", suite.columns["in distribution"]),
+                    ("shifted", suite.shifted),
+                ):
+                    means = [f"{fmean(result.mean(domains) for result in run[:seeds]):.1f}" for run in runs]
+                    rows.append([f"{suite.name}, {lr:g}", heading, *means])
+    return markdown(
+        ["suite, learning rate", "tested", "auto", *(f"{rate['radius_lr']:g}" for rate in FIXED_RATES)], rows
+    )
+
+
+def within_one_error(suite: SuiteResults, lr: float, domains: Sequence[str]) -> bool | None:
+    """Whether the automatic rate is within a standard error of the best fixed one; None if one was not run."""
+    auto, *fixed = (suite.of(TPGM, USUAL, lr, settings) for settings in ({}, *FIXED_RATES))
+    if not auto or not all(fixed):
+        return None
+    seeds = min(len(run) for run in (auto, *fixed))
+    best = max(fixed, key=lambda run: fmean(result.mean(domains) for result in run[:seeds]))
+    differences = [
+        one.mean(domains) - other.mean(domains) for one, other in zip(auto[:seeds], best[:seeds], strict=True)
     ]
-    return markdown(rows)
+    difference, error = mean_and_error(differences)
+    return difference >= -error
 
 
-def draw_trade_off(axes: Axes, suite: SuiteResults) -> None:
-    """Accuracy in distribution against accuracy under shift, one point a method, with the curve of WiSE-FT."""
-    rates = {name: value for name, value in suite.chosen[WISE_FT.name].items() if name != "alpha"}
-    curve = [suite.of(WISE_FT.name, {**rates, "alpha": alpha}) for alpha in ALPHAS]
-    across = [100 * fmean(result.mean([suite.in_distribution]) for result in results) for results in curve]
-    up = [100 * fmean(result.mean(suite.shifted) for result in results) for results in curve]
-    axes.plot(across, up, color="grey", marker=".", linewidth=1, label="WiSE-FT, every alpha")
-    markers = "osD^v<>pPX*hd8"
-    for index, name in enumerate(method.name for method in METHODS):
-        x, x_error = suite.accuracy(name, [suite.in_distribution])
-        y, y_error = suite.accuracy(name, suite.shifted)
-        marker, colour = markers[index % len(markers)], f"C{index % 10}"
-        axes.errorbar(x, y, y_error, x_error, marker, color=colour, markersize=6, linewidth=0.7, label=name)
-    axes.set(title=suite.name, xlabel="in distribution, %", ylabel="mean over shifted domains, %")
+def over_rates(
+    suite: SuiteResults, method: str, other: str, domains: Sequence[str], condition: str = USUAL
+) -> tuple[float, float]:
+    """The difference of two methods, averaged over the learning rates of each seed: its mean and standard error."""
+    rates = suite.rates if condition == USUAL else suite.conditions[condition]["rates"]
+    by_seed: dict[int, list[float]] = {}
+    for lr in rates:
+        for result, against in suite.pairs(method, other, condition, lr):
+            by_seed.setdefault(result.run.seed, []).append(result.mean(domains) - against.mean(domains))
+    complete = [fmean(values) for values in by_seed.values() if len(values) == len(rates)]
+    return mean_and_error(complete) if complete else (math.nan, math.nan)
 
 
-def draw_radii(axes: Axes, suite: SuiteResults, method: str, folder: Path) -> None:
-    """The radius and the distance of each constrained tensor, in the order of the network."""
-    settings = json.dumps(suite.chosen[method], sort_keys=True)
-    with (folder / f"{suite.name}_radii.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row["method"], row["settings"]) == (method, settings)]
-    axes.semilogy([float(row["radius"]) for row in rows], ".", color="C1", label="radius")
-    axes.semilogy([float(row["distance"]) for row in rows], "_", color="C0", label="distance")
-    axes.set(title=f"{suite.name}: {method}", xlabel="constrained tensor, from input to output")
+def averages_table(suites: Sequence[SuiteResults]) -> str:
+    """Differences from plain fine-tuning and between the two sweeps, averaged over the learning rates."""
+    rows = []
+    for suite in suites:
+        for condition in (USUAL, *suite.conditions):
+            for heading, domains in (("in distribution", suite.columns["in distribution"]), ("shifted", suite.shifted)):
+                compared = [(method, PLAIN) for method in SHOWN[1:]] + [(TPGM_SWEEP, WISE_FT)]
+                found = [over_rates(suite, *pair, domains, condition) for pair in compared]
+                if not all(math.isnan(mean) for mean, _ in found):
+                    shown = ["" if math.isnan(mean) else f"{mean:+.1f} ± {error:.1f}" for mean, error in found]
+                    rows.append([f"{suite.name}, {condition}", heading, *shown])
+    return markdown(["suite, condition", "tested", *SHOWN[1:], "TPGM's sweep less WiSE-FT"], rows)
 
 
-def draw(suites: Sequence[SuiteResults], folder: Path = FOLDER) -> None:
-    """Save the two figures beside the results."""
-    figure = Figure(figsize=(5 * len(suites), 6.2), layout="constrained")
-    for axes, suite in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites, strict=True):
-        draw_trade_off(axes, suite)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
-    figure.savefig(folder / "trade_off.png", dpi=110)
-    figure = Figure(figsize=(5 * len(suites), 3.5), layout="constrained")
-    for axes, suite in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites, strict=True):
-        draw_radii(axes, suite, "TPGM, mars", folder)
-    axes.legend()
-    figure.savefig(folder / "radii.png", dpi=110)
+def draw_rates(suites: Sequence[SuiteResults], path: Path) -> None:
+    """Accuracy over the learning rate, in distribution and under shift: the README's picture."""
+    figure = Figure(figsize=(8, 0.6 + 2.6 * len(suites)), layout="constrained")
+    grid = figure.subplots(len(suites), 2, squeeze=False)
+    for row, suite in zip(grid, suites, strict=True):
+        shown = {"in distribution": suite.columns["in distribution"], "under shift": suite.shifted}
+        for axes, (heading, domains) in zip(row, shown.items(), strict=True):
+            draw_curves(axes, suite, domains)
+            axes.set_title(f"{suite.name}, {heading}: accuracy in %", loc="left", fontsize="medium")
+            axes.set_xlabel("learning rate")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def draw_curves(axes: Axes, suite: SuiteResults, domains: Sequence[str]) -> None:
+    """One line a method, with standard errors."""
+    for method, colour in COLOURS.items():
+        runs = [(lr, suite.of(method, USUAL, lr)) for lr in suite.rates]
+        points = [(lr, *mean_and_error([result.mean(domains) for result in run])) for lr, run in runs if run]
+        if points:
+            rates, means, errors = zip(*points, strict=True)
+            width = 2.4 if method in (TPGM, TPGM_SWEEP) else 1.4
+            axes.errorbar(rates, means, errors, color=colour, marker="o", markersize=3, linewidth=width, label=method)
+    axes.set_xscale("log")
+    axes.set_xticks(suite.rates, [f"{lr:g}" for lr in suite.rates])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+
+
+TABLES: dict[str, Callable[[Sequence[SuiteResults]], str]] = {
+    "averages": averages_table,
+    "rates": rates_table,
+    "conditions": conditions_table,
+    "tuned": tuned_table,
+    "automatic": automatic_table,
+}
+
+
+def overview_table(suites: Sequence[SuiteResults]) -> str:
+    """Three methods, averaged over learning rates and seeds: for the README."""
+
+    def mean(suite: SuiteResults, method: str, domains: Sequence[str]) -> str:
+        by_rate = [suite.of(method, USUAL, lr) for lr in suite.rates]
+        return f"{fmean(fmean(result.mean(domains) for result in run) for run in by_rate):.1f}" if all(by_rate) else ""
+
+    kinds = [
+        (suite, heading, domains)
+        for suite in suites
+        for heading, domains in (("in distribution", suite.columns["in distribution"]), ("shifted", suite.shifted))
+    ]
+    head = ["accuracy, %", *(f"{suite.name}: {heading}" for suite, heading, _ in kinds)]
+    return markdown(
+        head, ([m, *(mean(suite, m, domains) for suite, _, domains in kinds)] for m in (PLAIN, WISE_FT, TPGM))
+    )
 
 
 def put(text: str, name: str, table: str) -> str:
@@ -211,29 +268,27 @@ def put(text: str, name: str, table: str) -> str:
 
 
 def documents() -> dict[Path, str]:
-    """The two READMEs, with the tables of the committed results in them."""
+    """Both READMEs, with the tables of the committed results in them."""
     suites = [SuiteResults(name) for name in present()]
-    tried = [suite for suite in suites if any(lead.name in suite.chosen for lead in LEADS)]
-    rivals = [method for method in METHODS if method.name in ("plain fine-tuning", "TPGM, mars", "TPGM, l2")]
-    details = put(DETAILS.read_text(), "settings", settings_table(suites))
-    details = put(details, "other conditions", elsewhere_table(suites))
-    return {
-        OVERVIEW: put(OVERVIEW.read_text(), "all methods", table(suites)),
-        DETAILS: put(details, "leads", table(tried, (*rivals, *FIXED, *LEADS))),
-    }
+    text = DETAILS.read_text()
+    for name, table in TABLES.items():
+        text = put(text, name, table(suites))
+    return {DETAILS: text, OVERVIEW: put(OVERVIEW.read_text(), "overview", overview_table(suites))}
 
 
 def main() -> None:
-    """Write the READMEs' tables and the figures, or print what another folder holds."""
+    """Write the tables and the figure, or print what another folder holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results (default: %(default)s)")
     arguments = parser.parse_args()
     suites = [SuiteResults(name, arguments.results) for name in present(arguments.results)]
-    draw(suites, arguments.results)
-    print(table(suites), settings_table(suites), sep="\n")
+    draw_rates(suites, arguments.results / "rates.png")
     if arguments.results == FOLDER:
         for path, text in documents().items():
             path.write_text(text)
+    else:
+        for name, table in TABLES.items():
+            print(name, table(suites), sep="\n\n")
 
 
 if __name__ == "__main__":

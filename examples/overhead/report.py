@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "docs" / "cost.md"
 MAIN = ("ResNet-50", "ViT-B/16", "MiniLM-L6")
 WITHOUT_EVALUATION = ("FTP, mars", "FTP, l2", "DiGraP", "SPD", "L2-SP")
 COPIES = 5.5

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.seed import isolate_rng
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+    from torch import Tensor
 
 __all__ = [
     "Callback",
@@ -34,6 +35,7 @@ __all__ = [
     "DummyLogger",
     "MisconfigurationException",
     "Tqdm",
+    "batch_values",
     "callbacks_of",
     "classes",
     "comes_in_turn",
@@ -52,6 +54,7 @@ __all__ = [
     "starts_functions",
     "to_device",
     "uses_distributed_sampler",
+    "validate_aside",
     "validation_loader",
     "validation_source",
     "with_progress_bar",
@@ -212,6 +215,56 @@ def results_put_aside(trainer: pl.Trainer) -> Iterator[None]:
         yield
     finally:
         loop._results, connector._current_fx = results, current_fx
+
+
+def validate_aside(trainer: pl.Trainer) -> dict[str, Tensor]:
+    """The metrics that `Trainer.validate` gives, in the middle of a fit and on the fit's validation data.
+
+    The module and all callbacks see a `Trainer.validate`, which checkpoints and early stopping pass over. No metric
+    goes to the loggers, and those of the fit stay the trainer's.
+    """
+    loop, fit, connector = trainer.validate_loop, trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+    before = [(owner, dict(vars(owner))) for owner in (trainer.state, connector)]
+    source, verbose, loaded = loop._data_source, loop.verbose, fit._combined_loader
+    try:
+        trainer.state.fn, loop.verbose, trainer.validating = type(trainer.state.fn)("validate"), False, True  # type: ignore[misc]
+        connector.reset_results()
+        connector.reset_metrics()
+        connector.log_metrics = lambda *_, **__: None  # type: ignore[method-assign]
+        again = None if loaded is None else type(loaded)(loaded.iterables, loaded._mode)  # the fit's keeps its place
+        loop._data_source = fit._data_source if again is None else type(source)(again, source.name)
+        loop.run()
+        return dict(trainer.callback_metrics)
+    finally:
+        loop.teardown()
+        loop._data_source, loop.verbose = source, verbose
+        for owner, attributes in before:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+
+
+@contextmanager
+def batch_values(trainer: pl.Trainer, name: str) -> Iterator[list[tuple[Any, int]]]:
+    """The values that `Trainer.validate` makes a metric from, each with its number of examples, as they are logged.
+
+    Of a torchmetrics object that was updated without its `forward`, which keeps no value of a batch: None.
+    """
+    results = trainer.validate_loop._results
+    update, extracted, found = results.update_metrics, _find(IN_USE[0], "utilities.data:extract_batch_size"), []
+
+    def record(key: str, value: Any, size: int) -> None:
+        update(key, value, size)
+        if name in results._forked_name(results[key], on_step=False):
+            if not results[key].is_tensor:
+                examples = 1 if results.batch is None else extracted(results.batch)
+                value, size = value._forward_cache, max(size, examples)
+            found.append((None if value is None else value.detach().clone(), size))
+
+    results.update_metrics = record
+    try:
+        yield found
+    finally:
+        del results.update_metrics
 
 
 def logs_are_due(trainer: pl.Trainer) -> bool:

@@ -9,6 +9,7 @@ from lightning_tpgm.callbacks.radii import WithRadii
 from lightning_tpgm.callbacks.shared import Shared, configuration_errors
 from lightning_tpgm.methods import FTP
 from lightning_tpgm.methods.method import check
+from lightning_tpgm.methods.radii import RadiusLr
 from lightning_tpgm.norms import Norm
 
 
@@ -23,7 +24,7 @@ class FTPCallback(WithRadii, MethodCallback):
     Args:
         k: Factor in [0, 1] on gradients that would shrink a radius; 1: strongest constraint, 0: radii never shrink by
             gradient.
-        radius_lr: Adam learning rate of the radii.
+        radius_lr: As in `TPGMCallback`.
         norm: ``"mars"`` or ``"l2"``, as in `TPGMCallback`.
         compile: Whether the tensor work is fused by ``torch.compile``, as in `TPGMCallback`.
         shared: The arguments of all callbacks, by keyword.
@@ -35,7 +36,7 @@ class FTPCallback(WithRadii, MethodCallback):
     Source: Tian et al., "Fast Trainable Projection for Robust Fine-Tuning", NeurIPS 2023, arXiv 2310.19182.
 
     >>> FTPCallback(k=0.5, exclude=["head.*"])
-    FTPCallback(k=0.5, radius_lr=0.01, norm='mars', exclude=('head.*',))
+    FTPCallback(k=0.5, radius_lr='auto', norm='mars', exclude=('head.*',))
     """
 
     _METHOD = FTP
@@ -44,7 +45,7 @@ class FTPCallback(WithRadii, MethodCallback):
     def __init__(
         self,
         k: float = 1.0,
-        radius_lr: float = 1e-2,
+        radius_lr: RadiusLr = "auto",
         norm: Norm = "mars",
         *,
         compile: bool = False,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ class HeldOutGradient:
     def __init__(self, source: Source, loss: Loss, eval_mode: bool = True) -> None:
         self._source = source
         self._loss = HeldOutLoss(loss, eval_mode)
+        self._splits_itself = loss == "validation_step"  # forecasters hold the last values of each series out there
         self._fit: tuple[pl.Trainer, pl.LightningModule] | None = None
         self._batches: HeldOutBatches | None = None
         self._isolation = Isolation()
@@ -67,27 +67,18 @@ class HeldOutGradient:
         if self._fit is None:
             raise RuntimeError("The held-out loss can be evaluated during a fit only.")
         trainer, pl_module = self._fit
-        isolated = self._isolation.no_trace(trainer, pl_module, parameters)
-        with self._modes(isolated, pl_module):
+        eval_mode = self._loss.eval_mode
+        with self._isolation.no_trace(trainer, pl_module, parameters, eval_mode):
+            for recurrent in self._recurrent if eval_mode else ():
+                if not recurrent.training:
+                    recurrent.training, recurrent.dropout = True, 0.0  # the same values; cuDNN can go back through it
             self._follow_reloaded(trainer)
             if self._batches is None:
                 first, self._announced = not self._announced, True
                 self._batches = held_out_batches(trainer, pl_module, self._source, self._state, announce=first)
-                if first:
+                if first and not self._splits_itself:
                     warn_of_shared_examples(trainer, self._batches.loaders)
             return self._loss(trainer, pl_module, self._batches.draw(), parameters)
-
-    @contextmanager
-    def _modes(self, isolated: AbstractContextManager[None], pl_module: pl.LightningModule) -> Iterator[None]:
-        """Isolated, and in the modes of before, or in eval mode but for what has no gradient there."""
-        kept = [] if self._loss.eval_mode else [(module, module.training) for module in pl_module.modules()]
-        with isolated:
-            for module, training in kept:
-                module.training = training
-            for recurrent in self._recurrent:
-                if not recurrent.training and self._loss.eval_mode:
-                    recurrent.training, recurrent.dropout = True, 0.0  # the same values; cuDNN can go back through it
-            yield
 
     def _follow_reloaded(self, trainer: pl.Trainer) -> None:
         """Where the trainer reloads its loaders every n epochs, a pass over the new ones begins as soon as it has."""

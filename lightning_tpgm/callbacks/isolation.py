@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from time import perf_counter
 from typing import Any
 
@@ -46,7 +46,11 @@ class Isolation:
 
     @contextmanager
     def no_trace(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, evaluated: Sequence[Tensor] = ()
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        evaluated: Sequence[Tensor] = (),
+        eval_mode: bool = True,
     ) -> Iterator[None]:
         """Everything that running the module's step changes is put back on exit, also when it raises.
 
@@ -57,44 +61,51 @@ class Isolation:
             trainer: Its loggers are silent inside.
             pl_module: The module.
             evaluated: Parameters that are left alone.
+            eval_mode: False: every module is in the mode that it is in already.
 
         Raises:
             MisconfigurationException: If something changed that cannot be put back.
         """
         with ExitStack() as stack:
             stack.enter_context(isolated_generators())
-            structure = self._structure(pl_module)
-            self._keep(pl_module, structure, evaluated, stack)
+            structure, values = self._structure(pl_module)
+            self._keep(pl_module, structure, values, evaluated, stack)
             stack.enter_context(silent(trainer, structure.loggable))
             stack.callback(setattr, trainer, "should_stop", trainer.should_stop)
-            stack.enter_context(structure.evaluating())
+            stack.enter_context(structure.evaluating(values, eval_mode))
             for metric in structure.metrics:
                 metric.reset()
             if is_overridden("on_validation_model_eval", pl_module):  # it knows what stays in train mode
                 wrapper = trainer.model  # Lightning's own version of the hook switches this one
                 if wrapper is not None:
                     stack.callback(setattr, wrapper, "training", wrapper.training)
+                own_modes = structure.modes(values)
                 pl_module.on_validation_model_eval()
+                if not eval_mode:
+                    own_modes()
             yield
 
-    def _keep(self, root: nn.Module, structure: Structure, evaluated: Sequence[Tensor], stack: ExitStack) -> None:
+    def _keep(
+        self, root: nn.Module, structure: Structure, values: list[Any], evaluated: Sequence[Tensor], stack: ExitStack
+    ) -> None:
         """Remember a module and all that hangs on it until the stack unwinds."""
         memory = Memory(self._arrays)
         stack.callback(memory.restore)
-        structures, sources = [structure], []
+        found, sources = [(structure, values)], []
         loose: dict[int, Tensor] = {}
-        for structure in structures:  # grows by modules that are hidden in attributes
-            values = structure.values()
+        for structure, values in found:  # grows by modules that are hidden in attributes
             stack.enter_context(structure.unchanged(values))
             for value in [value for value in values if type(value) not in ATOMS]:
-                self._keep_value(value, memory, structure)
+                if not memory.keep_plain(value):
+                    self._keep_value(value, memory, structure)
             for key in [*memory.hidden]:
                 hidden = memory.hidden.pop(key)
-                if not any(key in known.ids for known in structures):
-                    structures.append(self._structure(hidden))
+                if not any(key in known.ids for known, _ in found):
+                    found.append(self._structure(hidden))
             fixed, buffers = structure.tensors()
             sources.append(fixed)
             loose.update((id(tensor), tensor) for tensor in buffers)
+        structures = [structure for structure, _ in found]
         if len(self._structures) > len(structures):  # of modules that are gone
             self._structures = {k: known for k, known in self._structures.items() if known[1] in structures}
         loose.update(memory.tensors)
@@ -113,12 +124,15 @@ class Isolation:
         self._settled = {*fixed, *own}
         self._fixed = [tensor for key, tensor in fixed.items() if key not in own]
 
-    def _structure(self, module: nn.Module) -> Structure:
+    def _structure(self, module: nn.Module) -> tuple[Structure, list[Any]]:
+        """The structure of a module, and its values."""
         root, structure = self._structures.get(id(module), (None, None))
-        if structure is None or root is not module or not structure.is_current():
-            structure = Structure(module)
-            self._structures[id(module)] = module, structure
-        return structure
+        if structure is not None and root is module and structure.is_current():
+            with suppress(KeyError):  # as many attributes as before, and not the same ones
+                return structure, structure.values()
+        structure = Structure(module)
+        self._structures[id(module)] = module, structure
+        return structure, structure.values()
 
     def _keep_value(self, value: Any, memory: Memory, structure: Structure) -> None:
         start = perf_counter()

@@ -24,6 +24,7 @@ from lightning_tpgm.callbacks.weights import SMALL, Known
 
 ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 MANY = 1_000  # entries of a container: of more only those that are appended are taken back
+_SHORT = 16
 _ENOUGH = 10_000  # entries of all containers of one attribute
 _OPAQUE = (
     *(Tensor, type, ModuleType, FunctionType, MethodType),
@@ -59,6 +60,7 @@ class Memory:
         self._opaque = (*_OPAQUE, *(found for name in lightning for found in classes(name)))
         self._known = known
         self._undo: list[Callable[[], None]] = []
+        self._short: list[tuple[list[Any], list[Any]]] = []  # lists, and what they held
         self._seen: dict[int, Any] = {}
         self._left = _ENOUGH
 
@@ -67,6 +69,19 @@ class Memory:
         with ExitStack() as stack:  # last in, first out
             for undo in self._undo:
                 stack.callback(undo)
+        for value, kept in self._short:
+            if not same_items(value, kept):
+                value[:] = kept
+
+    def keep_plain(self, value: Any) -> bool:
+        """Remember a value that is as simple as most are, if it is, at little cost; says whether it is."""
+        kind = type(value)
+        if kind is tuple:
+            return ATOMS.issuperset(map(type, value))  # it cannot change
+        if kind is list and len(value) <= _SHORT and ATOMS.issuperset(map(type, value)):
+            self._short.append((value, value.copy()))
+            return True
+        return False
 
     def keep(self, value: Any) -> None:
         """Remember the value of an attribute and what it holds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,15 +24,13 @@ from lightning_tpgm.callbacks.framework import (
     rank_zero_warn,
 )
 from lightning_tpgm.callbacks.logs import Log, Logs
+from lightning_tpgm.callbacks.neighbours import check_neighbours, check_others, key_of, warn_of_leaving
 from lightning_tpgm.callbacks.shared import as_plain_numbers, check_shared, configuration_errors, write_out_shared
 from lightning_tpgm.callbacks.surroundings import (
-    check_radii_are_alone,
     check_something_to_do,
     check_step_was_seen,
     check_strategy,
-    check_unscaled_gradients,
     no_state,
-    warn_of_averages,
     warn_of_no_steps,
     warn_of_random_anchors,
 )
@@ -140,9 +139,7 @@ class MethodCallback(PlainCopies, Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Captures or restores the anchors: the first moment at which all strategies have loaded all weights."""
         self._begin(trainer, pl_module)
-        check_unscaled_gradients(trainer, self)
-        check_radii_are_alone(trainer, self)
-        warn_of_averages(trainer, self)
+        check_neighbours(trainer, self)
         self._saw_batch = False
         self._follow(trainer)
 
@@ -151,10 +148,10 @@ class MethodCallback(PlainCopies, Callback):
             self._constraint.follow(trainer.optimizers)
 
     def _join(self) -> None:
-        """Take in what has thawed, unless another callback has a radius for it."""
+        """Take in what has thawed, unless another callback acts on it that does not go with this one."""
         module = self._fitted()
         if self._constraint.join() and module is not None:
-            check_radii_are_alone(module.trainer, self)
+            check_others(module.trainer, self)
 
     def _before_step(self, step: Step) -> None:
         self._join()
@@ -228,7 +225,8 @@ class MethodCallback(PlainCopies, Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the summary, if that was asked for."""
+        """Says which weights have left their balls since; prints the summary, if that was asked for."""
+        warn_of_leaving(trainer, self)
         if self.summary and trainer.is_global_zero:
             self._constraint.reporter.print_table(repr(self), self.anchor)
 
@@ -254,7 +252,7 @@ class MethodCallback(PlainCopies, Callback):
     @override
     def state_key(self) -> str:
         """Two instances with different `exclude` have different keys."""
-        return self._generate_state_key(exclude=sorted(self.exclude))
+        return key_of(self, for_whom=sys._getframe(1))
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from lightning_tpgm.callbacks.framework import (
 from lightning_tpgm.callbacks.shared import configuration_errors
 from lightning_tpgm.callbacks.tpgm import TPGMCallback
 from lightning_tpgm.methods.method import check
+from lightning_tpgm.methods.radii import RadiusLr
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.pretrained import Pretrained, match_names, read_file, read_pretrained, state_dict_in
 from lightning_tpgm.selection import clean_name
@@ -44,7 +45,7 @@ def project_checkpoint(
     output: str | os.PathLike[str] | None = None,
     *,
     norm: Norm = "l2",
-    radius_lr: float = 1e-2,
+    radius_lr: RadiusLr = "auto",
     radius_steps: int = 200,
     exclude: Sequence[str] = (),
     loss: Loss = None,
@@ -65,7 +66,8 @@ def project_checkpoint(
         output: The file to write, with the suffix of ``finetuned``; None: beside it, ``model.ckpt`` becomes
             ``model-projected.ckpt``.
         norm: ``"l2"`` or ``"mars"``.
-        radius_lr: Adam learning rate of the radii.
+        radius_lr: ``"auto"``: in all updates together a radius can move as far as its tensor is from its anchor. A
+            number: Adam's learning rate for all radii (the authors': 0.01).
         radius_steps: Number of radius updates.
         exclude: fnmatch patterns over parameter names; those keep their fine-tuned value.
         loss: As in `TPGMCallback`.

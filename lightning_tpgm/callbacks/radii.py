@@ -6,7 +6,7 @@ from typing import cast
 
 from lightning_tpgm.constraint import Constraint
 from lightning_tpgm.methods import FTP, TPGM
-from lightning_tpgm.methods.learned import Radii
+from lightning_tpgm.methods.radii import Radii
 
 
 class WithRadii:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, compress, pairwise
 from operator import is_, itemgetter
 from typing import Any
 
@@ -17,7 +17,6 @@ from lightning_tpgm.callbacks.memory import same_items
 from lightning_tpgm.sharding import is_fsdp2
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}  # torch's own
-_read_all = itemgetter.__call__
 _MISSING = object()
 
 
@@ -41,22 +40,26 @@ class Structure:
         lightning = classes("core:LightningModule")
         self.loggable = [module for module in modules if isinstance(module, lightning)]
         self.scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
-        self._plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        alike: dict[tuple[str, ...], list[nn.Module]] = {}  # those with attributes of the same names
+        for module in modules:
+            if not isinstance(module, torch.jit.ScriptModule):
+                alike.setdefault(_names_in(vars(module)), []).append(module)
+        self._plain = [module for members in alike.values() for module in members]
+        self._names = [names for names, members in alike.items() for _ in members]
+        self._readers = [(itemgetter(*names), list(map(vars, members))) for names, members in alike.items()]
         self._attributes: list[dict[str, Any]] = [vars(module) for module in self._plain]
         self._sizes = list(map(len, self._attributes))
         self._order = [list(kept) for kept in self._attributes]
-        # the first one twice, since `itemgetter` of one name gives no tuple; a compiled module has no flag of its own
-        self._names = [
-            ["training" if "training" in kept else "_is_full_backward_hook"] * 2
-            + [key for key in kept if key not in _BOOKKEEPING]
-            for kept in self._attributes
-        ]
-        self._readers = [itemgetter(*names) for names in self._names]
+        starts = list(accumulate(map(len, self._names), initial=0))
+        with_flag = [i for i, names in enumerate(self._names) if names[0] == "training"]
+        self._flags_at = [starts[i] for i in with_flag]  # among `values`
+        self._with_flag = [self._attributes[i] for i in with_flag]
         # FSDP2 exchanges parameters itself
         kinds = ["_buffers", "_modules", *([] if any(map(is_fsdp2, modules)) else ["_parameters"])]
         tables = [kept[kind] for kept in self._attributes for kind in kinds]
         self._tables: list[dict[str, Any]] = [table for table in tables if table]
         self._empty = [table for table in tables if not table]
+        self._contents = [table.values() for table in self._tables]  # views: they show what is there when they are read
         self._ends = list(accumulate(map(len, self._tables), initial=0))
         self._keys = self._present_keys()
         self._entries = self._present_entries()
@@ -67,23 +70,33 @@ class Structure:
         """Whether nothing came or went since it was made."""
         if any(self._empty) or list(map(len, self._attributes)) != self._sizes or self._present_keys() != self._keys:
             return False
-        entries = self._present_entries()
-        if not same_items(entries, self._entries):
+        if not self._same_entries():
             # other buffers or parameters in place of some are found here, other submodules ask for a new structure
             if not same_items(list(chain.from_iterable(m._modules.values() for m in self._plain)), self._children):
                 return False
-            self._entries, self._tensors = entries, self._find_tensors()
+            self._entries, self._tensors = self._present_entries(), self._find_tensors()
         return True
 
     def _present_keys(self) -> list[str]:
         return list(chain.from_iterable(self._tables))
 
     def _present_entries(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._tables)))
+        return list(chain.from_iterable(self._contents))
+
+    def _same_entries(self) -> bool:
+        """Whether the tables hold the same objects; to be asked if they have the same keys."""
+        return all(map(is_, chain.from_iterable(self._contents), self._entries))
 
     def values(self) -> list[Any]:
-        """The values of all attributes that are not torch's own."""
-        return list(chain.from_iterable(map(_read_all, self._readers, self._attributes)))
+        """The values of all attributes that are not torch's own.
+
+        Raises:
+            KeyError: If one went and another one came.
+        """
+        return list(chain.from_iterable(self._read()))
+
+    def _read(self) -> Iterator[tuple[Any, ...]]:
+        return chain.from_iterable([map(reader, members) for reader, members in self._readers])
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters and the buffers of torch's own classes; the buffers of all others. The same lists if the same."""
@@ -109,25 +122,42 @@ class Structure:
         return "an attribute"
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """No part is in train mode; on exit each has its own mode again."""
-        flags = [kept.get("training") for kept in self._attributes]
+    def evaluating(self, values: list[Any], eval_mode: bool = True) -> Iterator[None]:
+        """No part is in train mode; on exit each of those that were is again. To be entered within `unchanged`.
+
+        Args:
+            values: What `values` gave just now.
+            eval_mode: False: every part is in its own mode.
+        """
+        flags = list(map(values.__getitem__, self._flags_at))
+        trained = list(compress(zip(self._with_flag, flags, strict=True), flags))
         scripted = [module.training for module in self.scripted]
         try:
-            # past `train`: adapters that merge themselves there would change frozen weights
-            for kept, training in zip(self._attributes, flags, strict=True):
-                if training:
+            if eval_mode:
+                # past `train`: adapters that merge themselves there would change frozen weights
+                for kept, _ in trained:
                     kept["training"] = False
-            for module in self.scripted:
-                module.training = False
+                for module in self.scripted:
+                    module.training = False
             yield
         finally:
-            for kept, training in zip(self._attributes, flags, strict=True):
-                if training is not None and kept.get("training") is not training:
-                    kept["training"] = training
-            for module, training in zip(self.scripted, scripted, strict=True):
-                if module.training != training:
-                    module.training = training
+            for kept, flag in trained:
+                kept["training"] = flag
+            for module, flag in zip(self.scripted, scripted, strict=True):
+                if module.training != flag:
+                    module.training = flag
+
+    def modes(self, values: list[Any]) -> Callable[[], None]:
+        """What puts every part into the mode that it had when `values` gave these just now."""
+        scripted = [module.training for module in self.scripted]
+
+        def put_back() -> None:
+            for kept, flag in zip(self._with_flag, map(values.__getitem__, self._flags_at), strict=True):
+                kept["training"] = flag
+            for module, flag in zip(self.scripted, scripted, strict=True):
+                module.training = flag
+
+        return put_back
 
     @contextmanager
     def unchanged(self, values: list[Any]) -> Iterator[None]:
@@ -142,7 +172,7 @@ class Structure:
             if any(self._empty):
                 for table in self._empty:
                     table.clear()
-            if self._present_keys() != self._keys or not same_items(self._present_entries(), self._entries):
+            if self._present_keys() != self._keys or not self._same_entries():
                 for table, (start, end) in zip(self._tables, pairwise(self._ends), strict=True):
                     _refill(table, dict(zip(self._keys[start:end], self._entries[start:end], strict=True)))
             if list(map(len, self._attributes)) != self._sizes or not self._same(values):
@@ -150,7 +180,7 @@ class Structure:
 
     def _same(self, values: list[Any]) -> bool:
         try:
-            return same_items(self.values(), values)
+            return all(map(is_, chain.from_iterable(self._read()), values))
         except KeyError:  # another one came for one that went
             return False
 
@@ -162,6 +192,13 @@ class Structure:
             before = dict(zip(names, values[start:end], strict=True))
             if len(kept) != len(order) or any(kept.get(name, _MISSING) is not value for name, value in before.items()):
                 _refill(kept, {key: before[key] if key in before else kept[key] for key in order})
+
+
+def _names_in(attributes: dict[str, Any]) -> tuple[str, ...]:
+    """The attributes that may change, at least two: `itemgetter` of one name gives no tuple."""
+    flag = "training" if "training" in attributes else "_is_full_backward_hook"  # a compiled module has none of its own
+    own = [name for name in attributes if name not in _BOOKKEEPING and name != "training"]
+    return (flag, *(own or [flag]))
 
 
 def _refill(table: dict[str, Any], kept: dict[str, Any]) -> None:

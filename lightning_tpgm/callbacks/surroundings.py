@@ -5,16 +5,21 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_tpgm.callbacks.framework import (
     MisconfigurationException,
     callbacks_of,
     classes,
+    is_overridden,
     pl,
+    rank_zero_info,
     rank_zero_warn,
     starts_functions,
 )
+from lightning_tpgm.callbacks.freeze_batch_norm import FreezeBatchNorm, has_statistics
+from lightning_tpgm.freshness import fresh_layers
 from lightning_tpgm.initialisation import never_trained
 from lightning_tpgm.optimizers import needs_unscaled_gradients
 
@@ -106,6 +111,37 @@ def warn_of_random_anchors(pl_module: pl.LightningModule, title: str) -> None:
         )
 
 
+def warn_of_fresh_layers(pl_module: pl.LightningModule, callback: MethodCallback) -> None:
+    """Warn of constrained layers that nobody has trained, in a module that somebody has."""
+    fresh = fresh_layers(pl_module, callback._constraint.anchors.parameters)
+    if fresh is not None:
+        rank_zero_warn(fresh.text(type(callback).__name__, callback.exclude))
+
+
+_FREEZING = ("on_train_start", "on_train_epoch_start", "on_train_batch_start")  # where a module may do so itself
+
+
+def tell_of_moving_statistics(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: MethodCallback) -> None:
+    """Say that BatchNorm's statistics will be overwritten; no warning, since this may be meant.
+
+    Nothing is said of modules that may freeze them themselves, in a hook or in ``train``.
+    """
+    if (
+        callback._constraint.method.constrains_buffers
+        or any(isinstance(other, FreezeBatchNorm) for other in callbacks_of(trainer))
+        or any(is_overridden(hook, pl_module) for hook in _FREEZING)
+        or any(type(part).train is not nn.Module.train for part in pl_module.modules())
+    ):
+        return
+    moving = [name for name, part in pl_module.named_modules() if has_statistics(part) and part.training]
+    if moving:
+        rank_zero_info(
+            f"{type(callback).__name__}: the running statistics of {len(moving)} BatchNorm layers, {moving[0]!r} among"
+            " them, move with the new data, and no bound on the weights reaches them. Keep those of the pretraining:"
+            " add lightning_tpgm.FreezeBatchNorm() to the callbacks."
+        )
+
+
 def no_state(ckpt_path: object, title: str, state_key: str) -> str:
     """Why a run cannot be resumed."""
     return (
@@ -116,7 +152,7 @@ def no_state(ckpt_path: object, title: str, state_key: str) -> str:
 
 
 def check_something_to_do(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: MethodCallback) -> None:
-    """Refuse a fit in which nothing is constrained, now or later."""
+    """Refuse a fit in which nothing is constrained, now or later; say what spoils one in which something is."""
     anchors = callback._constraint.anchors
     if not anchors.joined and not (anchors.waiting and unfreezes(trainer)):
         raise MisconfigurationException(
@@ -124,6 +160,11 @@ def check_something_to_do(trainer: pl.Trainer, pl_module: pl.LightningModule, ca
             f" {len(anchors.waiting)} remain after `exclude` = {list(callback.exclude)}, and none of them is trainable."
             " Exclude less, or unfreeze some (a `BaseFinetuning` callback may do so later)."
         )
+    seen = trainer.fit_loop.total_batch_idx  # 0 as well: the first batch may find other weights than the start did
+    if anchors.origin == "fresh" and seen <= 0:
+        warn_of_fresh_layers(pl_module, callback)
+    if anchors.origin != "restored" and seen < 0:
+        tell_of_moving_statistics(trainer, pl_module, callback)
 
 
 def warn_of_no_steps(title: str) -> None:

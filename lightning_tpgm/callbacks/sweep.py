@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from lightning_tpgm.anchors import Anchors, capture
-from lightning_tpgm.callbacks.framework import MisconfigurationException, pl, rank_zero_info
+from lightning_tpgm.anchors import AnchorDevice, Anchors, capture
+from lightning_tpgm.callbacks.framework import MisconfigurationException, batch_values, pl, rank_zero_info
 from lightning_tpgm.callbacks.shared import configuration_errors
+from lightning_tpgm.callbacks.standard_error import standard_error
 from lightning_tpgm.constrained import Constrained, gathering
 from lightning_tpgm.methods import WiSEFT
 from lightning_tpgm.methods.method import check, is_number
-from lightning_tpgm.observing.plotting import axes_for
+from lightning_tpgm.observing.alphas import plot_alphas
 from lightning_tpgm.pretrained import Pretrained, read_pretrained
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import local, reshard
 
 ALPHAS = tuple(i / 10 for i in range(11))
+ROUNDING = 1e-6  # of metrics, relative: they come in 32 bits, and 0.92 - 0.9 is more than 0.02 there
+Mode = Literal["max", "min"]
+Tolerance = float | Literal["one_standard_error"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,14 @@ class WiSEFTSweep:
         mode: ``"max"`` or ``"min"``: which values are better.
         alphas: The alphas tried, in order.
         values: The metric at each of them.
+        tolerance: How much worse than the best the metric may be at the chosen alpha, in the metric's unit.
     """
 
     monitor: str
-    mode: Literal["max", "min"]
+    mode: Mode
     alphas: tuple[float, ...]
     values: tuple[float, ...]
+    tolerance: float = 0.0
 
     @property
     def best_alpha(self) -> float:
@@ -45,16 +53,34 @@ class WiSEFTSweep:
 
         A value that is not a number is worse than any other.
         """
-        sign = 1 if self.mode == "max" else -1
+        return self._best[0]
 
+    @property
+    def chosen_alpha(self) -> float:
+        """The smallest alpha whose value is within the tolerance of the best; without a tolerance `best_alpha`.
+
+        Values in between may be worse: each alpha is a model of its own, and was measured.
+        """
+        best_alpha, best = self._best
+        slack = ROUNDING * abs(best) if self.tolerance else 0.0
+        worst = self._sign * best - self.tolerance - slack
+        within = [a for a, value in zip(self.alphas, self.values, strict=True) if self._sign * value >= worst]
+        return min(within, default=best_alpha)
+
+    @property
+    def _sign(self) -> int:
+        return 1 if self.mode == "max" else -1
+
+    @property
+    def _best(self) -> tuple[float, float]:
         def rank(pair: tuple[float, float]) -> tuple[bool, float, float]:
             alpha, value = pair
-            return (False, 0.0, -alpha) if math.isnan(value) else (True, sign * value, -alpha)
+            return (False, 0.0, -alpha) if math.isnan(value) else (True, self._sign * value, -alpha)
 
-        return max(zip(self.alphas, self.values, strict=True), key=rank)[0]
+        return max(zip(self.alphas, self.values, strict=True), key=rank)
 
     def plot(self, ax: Any = None) -> tuple[Any, Any]:
-        """Draw the metric over alpha.
+        """Draw the metric over alpha, the best and the chosen alpha, and the band within the tolerance.
 
         Args:
             ax: Matplotlib axes to draw into; None: a new figure.
@@ -65,11 +91,119 @@ class WiSEFTSweep:
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        figure, axes = axes_for(ax)
-        axes.plot(self.alphas, self.values, marker="o")
-        axes.axvline(self.best_alpha, linestyle=":", color="grey")
-        axes.set(xlabel="alpha (0: pretrained, 1: fine-tuned)", ylabel=self.monitor)
-        return figure, axes
+        values = dict(zip(self.alphas, self.values, strict=True))
+        return plot_alphas(values, self.monitor, self.best_alpha, self.chosen_alpha, self.tolerance, self._sign, ax)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Which alphas are tried, and how one of them is chosen: the arguments of `wise_ft_sweep` of these names.
+
+    Raises:
+        ValueError: For an argument out of its range.
+    """
+
+    monitor: str
+    alphas: Sequence[float]
+    mode: Mode
+    tolerance: Tolerance
+
+    def __post_init__(self) -> None:  # noqa: D105
+        usable = len(self.alphas) > 0 and all(is_number(alpha) and 0 <= alpha <= 1 for alpha in self.alphas)
+        check(usable, "alphas", "numbers in [0, 1], at least one", self.alphas)
+        check(self.mode in ("max", "min"), "mode", "'max' or 'min'", self.mode)
+        known = self.tolerance == "one_standard_error" or (is_number(self.tolerance) and float(self.tolerance) >= 0)
+        check(known, "tolerance", "a number of at least 0 or 'one_standard_error'", self.tolerance)
+
+    def check_trainer(self, trainer: pl.Trainer) -> None:
+        """Refuse what cannot be measured there: each process would know its own batches alone."""
+        if self.tolerance == "one_standard_error" and trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"`tolerance` = 'one_standard_error' needs all batches in one process, found {trainer.world_size}"
+                " processes. Give a number in the metric's unit, or validate after the fit with Trainer(devices=1)."
+            )
+
+    @torch.no_grad()
+    def run(
+        self, trainer: pl.Trainer, set_alpha: Callable[[float], None], validate: Callable[[], Mapping[str, Tensor]]
+    ) -> WiSEFTSweep:
+        """Measure at each alpha, and leave the module at the chosen one; after an error at its fine-tuned end.
+
+        Args:
+            trainer: Its ``validate_loop`` measures.
+            set_alpha: Lets the module hold the weights at an alpha.
+            validate: Gives the metrics by name.
+        """
+        self.check_trainer(trainer)
+        values, errors = [], []
+        try:
+            for alpha in self.alphas:
+                set_alpha(alpha)
+                value, error = self._measure(trainer, validate)
+                values.append(value)
+                errors.append(error)
+            sweep = WiSEFTSweep(self.monitor, self.mode, tuple(self.alphas), tuple(values))
+            number = errors[sweep.alphas.index(sweep.best_alpha)]
+            sweep = WiSEFTSweep(self.monitor, self.mode, sweep.alphas, sweep.values, number)
+            set_alpha(sweep.chosen_alpha)
+        except BaseException:
+            set_alpha(1.0)
+            raise
+        return sweep
+
+    def _measure(self, trainer: pl.Trainer, validate: Callable[[], Mapping[str, Tensor]]) -> tuple[float, float]:
+        """The metric, and the tolerance if it is the best."""
+        recorded: AbstractContextManager[list[tuple[Any, int]]] = nullcontext([])
+        if isinstance(self.tolerance, str):
+            recorded = batch_values(trainer, self.monitor)
+        with recorded as batches:
+            metrics = validate()
+        if self.monitor not in metrics:
+            raise MisconfigurationException(not_logged(self.monitor, metrics))
+        # one choice for all processes, also of a metric that each of them logs for itself
+        value = float(trainer.strategy.broadcast(float(metrics[self.monitor])))
+        if not isinstance(self.tolerance, str):
+            return value, float(self.tolerance)
+        error = standard_error(value, [(math.nan if v is None else float(v), size) for v, size in batches])
+        if error is None:
+            raise MisconfigurationException(
+                "`tolerance` = 'one_standard_error' needs a metric that is the mean of what validation_step logs, of"
+                f" hits or in at least two batches, found {self.monitor!r} = {value:.6g} from {len(batches)} logged"
+                " values. Log it in validation_step (a torchmetrics object by its `forward`), or give a number in the"
+                " metric's unit."
+            )
+        return value, error
+
+
+def not_logged(monitor: str, metrics: Mapping[str, Tensor]) -> str:
+    """Why there is no value to choose by."""
+    return f"`monitor` should be a metric that validation logs, found {monitor!r}; logged are {sorted(metrics)}."
+
+
+def alpha_setter(
+    model: torch.nn.Module,
+    parameters: Mapping[str, Tensor],
+    interpolate: Callable[[float], None],
+    device: AnchorDevice = None,
+) -> Callable[[float], None]:
+    """A function that lets a module, which holds its fine-tuned weights now, hold those at an alpha.
+
+    Args:
+        model: The module.
+        parameters: What is interpolated.
+        interpolate: Does it, from the fine-tuned end.
+        device: Where the fine-tuned values are kept, as for anchors.
+    """
+    finetuned = {name: capture(target, target, device) for name, target in parameters.items()}
+
+    @torch.no_grad()
+    def set_alpha(alpha: float) -> None:
+        reshard(model)
+        for name, target in parameters.items():  # validation may have left the module on another device
+            local(target).copy_(local(finetuned[name]))
+        interpolate(alpha)
+
+    return set_alpha
 
 
 def wise_ft_sweep(
@@ -79,67 +213,59 @@ def wise_ft_sweep(
     monitor: str,
     *,
     alphas: Sequence[float] = ALPHAS,
-    mode: Literal["max", "min"] = "max",
+    mode: Mode = "max",
+    tolerance: Tolerance = 0.0,
     exclude: Sequence[str] = (),
     dataloaders: Any = None,
     datamodule: pl.LightningDataModule | None = None,
 ) -> WiSEFTSweep:
-    """Validate the module at each alpha and leave it at the best one.
+    """Validate the module at each alpha and leave it at the chosen one.
 
-    The fine-tuned end is what the module holds now. The data should be held out and in distribution: choosing alpha on
-    shifted test data would be looking at the answer.
+    That is the smallest alpha whose metric is within ``tolerance`` of the best: as near to the pretrained weights as
+    costs nothing. It works after any method, `TPGMCallback` first of all. The fine-tuned end is what the module holds
+    now. The data should be held out and in distribution: choosing alpha on shifted test data would be looking at the
+    answer.
+
+    ``"one_standard_error"`` is that of the metric at the best alpha. The metric must be a mean over examples, logged in
+    ``validation_step``. For a share m of hits among N examples, such as accuracy, it is sqrt(m (1 - m) / N). For other
+    means, such as a loss, it comes from the scatter between batches: that takes mixed data, and is rough with few
+    batches. It takes one process; on several give a number.
 
     Args:
         trainer: Its ``validate`` measures.
         model: The fine-tuned module.
-        pretrained: The other end, as in `TPGMCallback`, or `WiSEFTCallback.anchor` after a fit.
+        pretrained: The other end, as in `TPGMCallback`, or `TPGMCallback.anchor` (of any callback) after a fit.
         monitor: A metric that the module's validation logs.
         alphas: What to try, each in [0, 1].
         mode: Whether the metric should be large or small.
+        tolerance: How much worse than the best the metric may be: a number in the metric's unit, or
+            ``"one_standard_error"``. 0: the best alpha is chosen.
         exclude: fnmatch patterns over parameter and buffer names; those keep their fine-tuned value.
         dataloaders: As in ``trainer.validate``.
         datamodule: As in ``trainer.validate``.
 
     Returns:
-        The metric at each alpha, with `WiSEFTSweep.best_alpha` and `WiSEFTSweep.plot`.
+        The metric at each alpha, with `WiSEFTSweep.chosen_alpha`, `WiSEFTSweep.best_alpha` and `WiSEFTSweep.plot`.
 
     Raises:
-        MisconfigurationException: For an argument out of its range, a metric that validation does not log, or
-            pretrained weights that do not fit.
+        MisconfigurationException: For an argument out of its range, a metric that validation does not log, one without
+            a standard error if that is asked for, or pretrained weights that do not fit.
 
-    Source: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, section 3.
+    Source: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, section 3; for the standard error
+        Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3.
     """
-    usable = len(alphas) > 0 and all(is_number(alpha) and 0 <= alpha <= 1 for alpha in alphas)
     with configuration_errors():
-        check(usable, "alphas", "numbers in [0, 1], at least one", alphas)
-        check(mode in ("max", "min"), "mode", "'max' or 'min'", mode)
+        search = Search(monitor, alphas, mode, tolerance)
         candidates = constrainable(model, exclude, buffers=True)
         anchors = Anchors()
         anchors.begin_from(read_pretrained(pretrained), candidates, rank_zero_info)
     anchors.join(frozen=True)
-    finetuned = {name: capture(target, target) for name, target in anchors.parameters.items()}
 
-    @torch.no_grad()
-    def set_alpha(alpha: float) -> None:
-        reshard(model)
-        for name, target in anchors.parameters.items():  # validation may have left the module on another device
-            local(target).copy_(local(finetuned[name]))
+    def interpolate(alpha: float) -> None:
         WiSEFT(alpha).finish(Constrained(anchors.parameters, anchors.joined, WiSEFT.norm, gathering(model)))
 
-    values = []
-    try:
-        for alpha in alphas:
-            set_alpha(alpha)
-            trainer.validate(model, dataloaders=dataloaders, datamodule=datamodule, verbose=False)
-            if monitor not in trainer.callback_metrics:
-                raise MisconfigurationException(
-                    f"`monitor` should be a metric that validation logs, found {monitor!r}; logged are"
-                    f" {sorted(trainer.callback_metrics)}."
-                )
-            values.append(float(trainer.callback_metrics[monitor]))
-    except BaseException:
-        set_alpha(1.0)
-        raise
-    sweep = WiSEFTSweep(monitor, mode, tuple(alphas), tuple(values))
-    set_alpha(sweep.best_alpha)
-    return sweep
+    def validate() -> Mapping[str, Tensor]:
+        trainer.validate(model, dataloaders=dataloaders, datamodule=datamodule, verbose=False)
+        return trainer.callback_metrics
+
+    return search.run(trainer, alpha_setter(model, anchors.parameters, interpolate), validate)

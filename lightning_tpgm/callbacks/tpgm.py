@@ -26,7 +26,8 @@ from lightning_tpgm.callbacks.shared import Shared, configuration_errors
 from lightning_tpgm.callbacks.source import check_source
 from lightning_tpgm.methods import TPGM
 from lightning_tpgm.methods.method import check
-from lightning_tpgm.methods.tpgm import When
+from lightning_tpgm.methods.radii import RadiusLr
+from lightning_tpgm.methods.tpgm import CADENCE, When
 from lightning_tpgm.norms import Norm
 
 
@@ -42,12 +43,15 @@ class TPGMCallback(WithRadii, MethodCallback):
             path of either, ``"my_project.data:held_out"``, resolved when the first batch is needed. None: a shuffled
             loader of the callback's own over the ``tpgm_dataloader()`` of the datamodule or module if one is defined,
             else over the validation data.
-        radius_lr: Adam learning rate of the radii.
+        radius_lr: ``"auto"``: each radius keeps pace with its tensor, at any learning rate, schedule and length of run
+            (see `lightning_tpgm.methods.radii.Radii`). A number: Adam's learning rate for all radii. The authors used
+            0.01 with ``every_n_steps=1``.
         norm: ``"mars"`` (maximum absolute row sum; each row has its distance, all rows of a tensor share the radius) or
             ``"l2"`` (Frobenius norm of the tensor).
         radius_steps: Radius updates each time they are due.
         every_n_steps: The radii are updated on every n-th optimizer step, the first included; weights are projected
-            after every one. Several optimizers are counted one by one, and each step acts on that optimizer's tensors.
+            after every one. An update costs about as much as a step of its own. Several optimizers are counted one by
+            one, and each step acts on that optimizer's tensors.
         loss: None for the module's ``training_step`` (evaluated without leaving a trace), ``"validation_step"``, or a
             callable (pl_module, batch) -> Tensor.
         eval_mode: Whether the held-out loss is evaluated in eval mode. False: in the modes that the module trains in,
@@ -70,10 +74,10 @@ class TPGMCallback(WithRadii, MethodCallback):
     Source: Tian et al., "Trainable Projected Gradient Method for Robust Fine-tuning", CVPR 2023, arXiv 2303.10720.
 
     >>> from lightning.pytorch import Trainer
-    >>> callback = TPGMCallback(radius_lr=1e-2, exclude=["head.*"])
+    >>> callback = TPGMCallback(exclude=["head.*"])
     >>> trainer = Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
     >>> callback
-    TPGMCallback(radius_lr=0.01, norm='mars', radius_steps=1, every_n_steps=1, exclude=('head.*',))
+    TPGMCallback(radius_lr='auto', norm='mars', radius_steps=1, every_n_steps=4, exclude=('head.*',))
     """
 
     _SHOWN = ("radius_lr", "norm", "radius_steps", "every_n_steps", "exclude")
@@ -85,10 +89,10 @@ class TPGMCallback(WithRadii, MethodCallback):
         self,
         dataloader: DataLoader | Callable[[], Any] | Iterable[Any] | str | None = None,  # type: ignore[type-arg]
         *,
-        radius_lr: float = 1e-2,
+        radius_lr: RadiusLr = "auto",
         norm: Norm = "mars",
         radius_steps: int = 1,
-        every_n_steps: int = 1,
+        every_n_steps: int = CADENCE,
         loss: Loss = None,
         eval_mode: bool = True,
         when: When = "training",

@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods.last_step import LastStep
-from lightning_tpgm.methods.learned import Radii
 from lightning_tpgm.methods.method import Method, Step, check, is_number
+from lightning_tpgm.methods.radii import Radii, RadiusLr
 from lightning_tpgm.norms import NORMS, Norm
 from lightning_tpgm.projection import EPS, MIN_RADIUS
 
@@ -34,7 +34,7 @@ class FTP(Method):
     Args:
         k: Factor in [0, 1] on gradients that would shrink a radius; 1: strongest constraint, 0: radii never shrink by
             gradient.
-        radius_lr: Adam learning rate of the radii.
+        radius_lr: Adam learning rate of the radii (the authors': 0.01), or ``"auto"``, as in `TPGM`.
         norm: ``"mars"`` or ``"l2"``, as in `TPGM`.
 
     Raises:
@@ -46,9 +46,8 @@ class FTP(Method):
     has_radii = True
     reads_gradients = True
 
-    def __init__(self, k: float = 1.0, radius_lr: float = 1e-2, norm: Norm = "mars") -> None:
+    def __init__(self, k: float = 1.0, radius_lr: RadiusLr = "auto", norm: Norm = "mars") -> None:
         check(is_number(k) and 0 <= k <= 1, "k", "a number in [0, 1]", k)
-        check(is_number(radius_lr) and radius_lr > 0, "radius_lr", "a positive number", radius_lr)
         check(norm in NORMS, "norm", f"one of {', '.join(map(repr, NORMS))}", norm)
         self.k, self.norm = k, norm
         self.radii = Radii(radius_lr)
@@ -69,7 +68,8 @@ class FTP(Method):
         slope = self._slope(tensors, grads)
         with self.radii.of(tensors) as radii:
             radii.start(torch.full_like(radii.value, MIN_RADIUS))
-            radii.adam(torch.where(slope > 0, self.k * slope, slope), where=stepped & known)
+            radii.follow(largest, stepped)
+            radii.adam(torch.where(slope > 0, self.k * slope, slope), where=stepped & known, lr=radii.rates(1))
             # Adam counts the optimizer's steps: the next is t = 2
             radii.step = torch.where(stepped & ~known, 1, radii.step)
             radii.clamp(largest + EPS, where=stepped)
@@ -91,7 +91,7 @@ class FTP(Method):
     @override
     def growth(self) -> float:
         """Adam's step is at most about its learning rate."""
-        return self.radii.lr
+        return self.radii.growth
 
     @override
     def state(self) -> dict[str, Any]:

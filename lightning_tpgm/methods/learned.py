@@ -13,8 +13,6 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_tpgm.constrained import Constrained
-from lightning_tpgm.layout import Matrices
-from lightning_tpgm.projection import legal_radius, radius_slope, ratio
 
 
 class LearnedScalars:
@@ -30,6 +28,7 @@ class LearnedScalars:
 
     BETAS = (0.9, 0.999)
     EPS = 1e-8
+    TINY = 1e-20
     _ADAM = ("value", "exp_avg", "exp_avg_sq", "step")
     _MORE: tuple[str, ...] = ()  # vectors of a subclass, 0 for a tensor that joins
 
@@ -85,7 +84,7 @@ class LearnedScalars:
         """Give every scalar that has no value yet this one, shape (T,) or (), if ``where`` is true."""
         self.value = torch.where(self.value.isnan() & where, value, self.value)
 
-    def adam(self, grad: Tensor, where: Tensor) -> None:
+    def adam(self, grad: Tensor, where: Tensor, lr: Tensor | None = None) -> None:
         """One Adam step on the scalars at which ``where`` is true; the others keep value and state to the bit.
 
         So do those whose gradient, or its square, is not finite: what enters here never leaves.
@@ -93,6 +92,8 @@ class LearnedScalars:
         Args:
             grad: The derivative of the loss, shape (T,).
             where: Booleans, shape (T,) or ().
+            lr: A rate for each scalar, shape (T,). Then a step is their share that the gradients agree on: the first
+                moment is not corrected for its start at zero, and Adam's epsilon does not count.
 
         Source: Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorithm 1.
         """
@@ -101,9 +102,10 @@ class LearnedScalars:
         exp_avg = torch.lerp(self.exp_avg, grad, 1 - beta1)
         exp_avg_sq = beta2 * self.exp_avg_sq + (1 - beta2) * grad.square()
         # 1 - beta^step by expm1: the plain form loses four digits in float32 when beta^step is close to 1
-        m = exp_avg / -torch.expm1(step * math.log(beta1))
+        m = exp_avg if lr is not None else exp_avg / -torch.expm1(step * math.log(beta1))
         v = exp_avg_sq / -torch.expm1(step * math.log(beta2))
-        value = self.value - self.lr * m / (v.sqrt() + self.EPS)
+        rate, eps = (self.lr, self.EPS) if lr is None else (lr, self.TINY)
+        value = self.value - rate * m / (v.sqrt() + eps)
         where = where & exp_avg.isfinite() & exp_avg_sq.isfinite()
         for name, new in zip(self._ADAM, (value, exp_avg, exp_avg_sq, step), strict=True):
             setattr(self, name, torch.where(where, new, getattr(self, name)))
@@ -121,58 +123,3 @@ class LearnedScalars:
         self.names = list(state["names"])
         for name in self._ADAM:
             setattr(self, name, state[name])
-
-
-class Radii(LearnedScalars):
-    """The radii of all constrained tensors, and where their tensors were at the last projection.
-
-    Attributes:
-        reach: The largest row distance of each tensor before its last projection, shape (T,).
-        distance: The same after it.
-    """
-
-    _MORE = ("distance", "reach")
-
-    distance: Tensor
-    reach: Tensor
-
-    def clamp(self, largest: Tensor, where: Tensor) -> None:
-        """Make radii legal, if ``where`` is true: [1e-8, largest row distance], see `projection.legal_radius`."""
-        self.value = torch.where(where, legal_radius(self.value, largest), self.value)
-
-    @property
-    def bounds(self) -> Tensor:
-        """The radii, infinite where there is none yet."""
-        return self.value.nan_to_num(nan=torch.inf)
-
-    def slope(self, tensors: Constrained, gradients: Matrices, weights: Matrices, rows: Tensor) -> Tensor:
-        """dLoss/dgamma of each tensor, shape (T,); collective where tensors are split over processes.
-
-        Args:
-            tensors: Those of these radii.
-            gradients: G, of the loss at the projected weights.
-            weights: W, before the projection.
-            rows: Their distances, from `Constrained.rows`.
-        """
-        return tensors.total(radius_slope(tensors.dots(gradients, weights), rows, tensors.of_rows(self.value)))
-
-    def projected(self, largest: Tensor, moved: Tensor) -> None:
-        """Note the largest distances after a projection, from those before it, of the tensors that were moved."""
-        self.reach = torch.where(moved, largest, self.reach)
-        self.distance = ratio(self.bounds, self.reach) * self.reach
-
-    def quantities(self) -> dict[str, Tensor]:
-        """Radius, distance, ratio and whether it binds, as after the last projection."""
-        binds = self.value < self.reach
-        ratios = torch.where(binds, ratio(self.value, self.reach), 1)
-        return {"radius": self.value, "distance": self.distance, "ratio": ratios, "binds": binds}
-
-    def method_state(self) -> dict[str, Any]:
-        """Radii with their Adam state, and the last distances, as they stand in checkpoints."""
-        return {"radii": self.state_dict(), "distances": self.distance.cpu(), "reach": self.reach.cpu()}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take over what `method_state` gave."""
-        self.load_state_dict(state["radii"])
-        self.distance = state["distances"]
-        self.reach = state.get("reach", self.distance)  # older checkpoints have none

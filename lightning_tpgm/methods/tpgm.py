@@ -12,11 +12,12 @@ from typing_extensions import override
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.layout import Matrices
 from lightning_tpgm.methods.held_out import HeldOut
-from lightning_tpgm.methods.learned import Radii
-from lightning_tpgm.methods.method import Method, Step, check, is_count, is_number
+from lightning_tpgm.methods.method import Method, Step, check, is_count
+from lightning_tpgm.methods.radii import Radii, RadiusLr
 from lightning_tpgm.norms import NORMS, Norm
 
 When = Literal["training", "fit_end"]
+CADENCE = 4  # the default of `every_n_steps`
 
 
 class TPGM(Method):
@@ -26,7 +27,8 @@ class TPGM(Method):
     with dLoss/dgamma = the sum of <G_row, D_row> / (n_row + 1e-8) over the rows with 0 < gamma / (n_row + 1e-8) < 1.
 
     Args:
-        radius_lr: Adam learning rate of the radii.
+        radius_lr: Adam learning rate of the radii (the authors': 0.01, with ``every_n_steps=1``); ``"auto"``: each
+            radius keeps pace with its tensor, see `lightning_tpgm.methods.radii.Radii`.
         norm: ``"mars"`` (maximum absolute row sum; each row has its distance, all rows of a tensor share the radius) or
             ``"l2"`` (Frobenius norm of the tensor).
         radius_steps: Radius updates each time they are due.
@@ -51,25 +53,24 @@ class TPGM(Method):
 
     def __init__(
         self,
-        radius_lr: float = 1e-2,
+        radius_lr: RadiusLr = "auto",
         norm: Norm = "mars",
         radius_steps: int = 1,
-        every_n_steps: int = 1,
+        every_n_steps: int = CADENCE,
         when: When = "training",
     ) -> None:
-        check(is_number(radius_lr) and radius_lr > 0, "radius_lr", "a positive number", radius_lr)
+        self.radii = Radii(radius_lr)
         check(norm in NORMS, "norm", f"one of {', '.join(map(repr, NORMS))}", norm)
         check(is_count(radius_steps), "radius_steps", "a positive integer", radius_steps)
         check(is_count(every_n_steps), "every_n_steps", "a positive integer", every_n_steps)
         check(when in get_args(When), "when", "'training' or 'fit_end'", when)
-        if when == "fit_end" and every_n_steps != 1:
+        if when == "fit_end" and every_n_steps != CADENCE:
             raise ValueError(
                 f"`every_n_steps` = {every_n_steps} has no effect with `when` = 'fit_end': no optimizer"
                 " steps follow. Leave it out; `radius_steps` is the number of updates."
             )
         self.norm, self.radius_steps, self.every_n_steps = norm, radius_steps, every_n_steps
         self.acts_at_end = when == "fit_end"
-        self.radii = Radii(radius_lr)
         self.steps: dict[int, int] = {}  # seen of each optimizer, by its index
         self.held_out: HeldOut | None = None
         self.heldout_loss: Tensor | None = None
@@ -108,23 +109,28 @@ class TPGM(Method):
         largest = tensors.largest(rows)
         with self.radii.of(tensors) as radii:
             radii.start(tensors.smallest(rows) / 2, where=moved)
+            radii.follow(largest, moved)
+            at_end = largest / self.radius_steps if radii.keeps_pace else None  # in all as far as the tensor has come
+            lr = at_end if self.acts_at_end else radii.rates(self.every_n_steps / self.radius_steps)
             try:
                 for _ in updates:
                     radii.clamp(largest, where=moved)
                     tensors.project(weights, rows, radii.bounds)
-                    self._update(radii, tensors, weights, rows, moved)
+                    slope, known = self._slope(radii, tensors, weights, rows)
+                    radii.adam(slope, where=known & moved, lr=lr)
             finally:  # whatever happens, the weights are left inside the ball
                 radii.clamp(largest, where=moved)
                 tensors.project(weights, rows, radii.bounds)
                 radii.projected(largest, moved)
 
-    def _update(self, radii: Radii, tensors: Constrained, weights: Matrices, rows: Tensor, moved: Tensor) -> None:
-        """One Adam step on the radii of the moved tensors; the parameters hold the projections of ``weights``."""
+    def _slope(self, radii: Radii, tensors: Constrained, weights: Matrices, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """dLoss/dgamma, and where it is known, shape (T,) each; the parameters hold the projections of ``weights``."""
         if self.held_out is None:
             raise ValueError("TPGM needs held-out data: a `held_out_loss` for `constrain`.")
         loss, grads = self.held_out(tensors.parameters)
         if loss is None and self.held_out.processes == 1:
-            return  # "skip this batch"; several processes must go on together: not a number skips it on all of them
+            # "skip this batch"; several processes must go on together: not a number skips it on all of them
+            return radii.value, torch.zeros_like(radii.value, dtype=torch.bool)
         parts = tensors.arrange([tensors.part(grad, i) for i, grad in enumerate(grads)])
         slope = radii.slope(tensors, parts, weights, rows)
         value = radii.value.new_full((1,), torch.nan) if loss is None else loss.to(radii.value).reshape(1)
@@ -132,9 +138,9 @@ class TPGM(Method):
         mean = self.held_out.mean(torch.cat([value, slope, used]))
         slope, used = mean[1:].chunk(2)
         finite = mean.isfinite().all()
-        radii.adam(slope, where=finite & (used > 0) & moved)
         self.heldout_loss = mean[0]
         self.skipped = self.skipped + ~finite
+        return slope, finite & (used > 0)
 
     @override
     def quantities(self, tensors: Constrained) -> dict[str, Tensor]:
@@ -144,7 +150,7 @@ class TPGM(Method):
     @override
     def growth(self) -> float:
         """Adam's step is at most about its learning rate."""
-        return self.radii.lr * self.radius_steps / self.every_n_steps
+        return self.radii.growth * self.radius_steps / self.every_n_steps
 
     @override
     def state(self) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
 
 from lightning_tpgm.observing.history import History
+from lightning_tpgm.observing.leaving import Leaving
 from lightning_tpgm.observing.plotting import plot_layers, plot_steps
 from lightning_tpgm.observing.reporting import PER_TENSOR, Row, by_name, print_table, rows_of
 from lightning_tpgm.observing.watch import Watch
@@ -30,19 +31,34 @@ class Reporter:
     def __init__(self, title: str) -> None:
         self.title = title
         self.history = History()
+        self.leaving = Leaving()
         self.last: Quantities = {}  # at the end of the fit, on the CPU
         self._watch = Watch()
 
     def record(self, quantities: Callable[[], Quantities], every: int) -> None:
         """Called after each optimizer step; ``every`` is how often the quantities are asked for at most."""
         if self.history.due(every):
-            self.history.add({name: value for name, value in quantities().items() if name in PER_TENSOR})
+            found = quantities()
+            self.history.add({name: value for name, value in found.items() if name in PER_TENSOR})
+            self.leaving.note(found)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on with a history that was kept; older checkpoints have none."""
+        self.history = History()
+        if state:
+            self.history.load_state_dict(dict(state))
+        self.leaving.begin(self.history.values.get("radius", []))
 
     def conclude(self, quantities: Quantities) -> None:
         """Keep what is to be shown from now on, and nothing on the device."""
         if quantities:
             self.last = {name: vector.clone().cpu() for name, vector in quantities.items()}
         self.history.leave_device()
+
+    def leave_device(self) -> None:
+        """Keep everything on the CPU."""
+        self.history.leave_device()
+        self.leaving.leave_device()
 
     def report(self, anchors: Mapping[str, Tensor], quantities: Quantities) -> list[Row]:
         """One dict per constrained tensor; empty before the first fit."""
@@ -82,3 +98,8 @@ class Reporter:
         if quantities:
             for trouble in self._watch.look(self.history.count, quantities, sizes, growth):
                 yield f"{self.title}: {trouble}"
+
+    def outside(self, names: Sequence[str]) -> Iterator[str]:
+        """Which tensors were found outside of their balls, once; see `lightning_tpgm.observing.leaving.Leaving`."""
+        for text in self.leaving.texts(names):
+            yield f"{self.title}: {text}"
