@@ -59,7 +59,7 @@ def main(folder: Path, use_distributed_sampler: bool) -> None:
     torch.set_num_threads(1)
     pl.seed_everything(0)
     module, loss = Classifier(), Noting()
-    callback = TPGMCallback(DataLoader(numbered(), 4), loss=loss)
+    callback = TPGMCallback(DataLoader(numbered(), 4), loss=loss, every_n_steps=1)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,
