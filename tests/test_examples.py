@@ -95,6 +95,17 @@ def test_text_classifier(tmp_path: Path) -> None:
     assert len(re.findall(r"^ *\d+% praise: ", printed, flags=re.MULTILINE)) == 4
 
 
+@pytest.mark.slow
+def test_batch_norm(tmp_path: Path) -> None:
+    """Frozen statistics keep what moving ones forget."""
+    lines = run("batch_norm.py", tmp_path, "--seeds", "1").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")][1:]
+    shifted = {(row[0], row[1] == "move"): float(row[3].split()[0]) for row in rows if not row[0].startswith("-")}
+    assert len(shifted) == 4
+    assert shifted["plain", False] > shifted["plain", True] + 2
+    assert shifted["TPGM", False] > shifted["TPGM", True] + 2
+
+
 def test_every_script_is_tried() -> None:
     tried = {f"{name.removeprefix('test_')}.py" for name in globals() if name.startswith("test_")}
     assert {path.name for path in EXAMPLES.glob("*.py")} <= tried

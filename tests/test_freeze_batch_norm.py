@@ -253,23 +253,3 @@ assert callback in pl.Trainer(callbacks=callback, logger=False, enable_checkpoin
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_the_example() -> None:
-    """Each of its runs, with one seed."""
-    code = "import batch_norm; batch_norm.SEEDS = range(1); batch_norm.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT / "examples",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
-    shifted = {(row[0], row[1] == "move"): float(row[3]) for row in rows}
-    assert len(shifted) == 4
-    assert shifted["plain", False] > shifted["plain", True] + 2
-    assert shifted["TPGM", False] > shifted["TPGM", True] + 2

@@ -315,6 +315,8 @@ def test_ratio_of_a_tensor_that_another_optimizer_steps_stays() -> None:
         def configure_optimizers(self) -> Any:
             return [torch.optim.SGD(self.hidden.parameters(), lr=0.5), torch.optim.SGD(self.head.parameters(), lr=0.5)]
 
-    callback = TPGMCallback(radius_lr=1e-4, loss="validation_step", exclude=["backbone.*", "norm.*", "scale"])
+    callback = TPGMCallback(
+        radius_lr=1e-4, every_n_steps=1, loss="validation_step", exclude=["backbone.*", "norm.*", "scale"]
+    )
     quiet_trainer(callback).fit(Two(), train_loader(), val_loader())
     assert all(row["binds"] for row in callback.report())
