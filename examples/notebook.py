@@ -56,7 +56,7 @@ def fine_tune(*callbacks: Callback) -> DigitClassifier:
     return model
 
 
-tpgm = TPGMCallback(norm="l2", radius_lr=0.01)
+tpgm = TPGMCallback(norm="l2")
 history = History(tpgm)
 constrained, plain = fine_tune(tpgm, history), fine_tune()
 names = list(tpgm.radii)

@@ -60,7 +60,7 @@ def fine_tune(robust: bool, epochs: int = 10) -> tuple[float, float]:
             images, labels = next(batches)
             return cross_entropy(model(images), labels)
 
-        constrain(model, TPGM(radius_lr=0.1), optimizer, held_out_loss=held_out_loss)
+        constrain(model, TPGM(), optimizer, held_out_loss=held_out_loss)
     for _ in range(epochs):
         for images, labels in DataLoader(train, batch_size=32, shuffle=True):
             optimizer.zero_grad()

@@ -93,7 +93,7 @@ def main() -> None:
         return {**batch, "labels": torch.tensor(labels)}
 
     held_out = DataLoader(labelled(HELD_OUT), batch_size=4, collate_fn=collate)
-    callback = TPGMCallback(held_out, norm="l2", radius_lr=0.03, exclude=["head.*"])
+    callback = TPGMCallback(held_out, norm="l2", exclude=["head.*"])
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=arguments.epochs,

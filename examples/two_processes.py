@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     seed_everything(0, verbose=False)
-    callback = TPGMCallback(radius_lr=0.1)
+    callback = TPGMCallback()
     trainer = Trainer(
         accelerator="cpu",
         devices=2,

@@ -62,7 +62,7 @@ Results = Mapping[Setting, Mapping[int, Result]]  # by setting and seed
 def run(setting: Setting, seed: int) -> Result:
     """Fine-tune with one setting and one seed."""
     digits = Digits(seed)
-    callbacks = [] if setting == PLAIN else [lightning_tpgm.TPGMCallback(**setting._asdict())]
+    callbacks = [] if setting == PLAIN else [lightning_tpgm.TPGMCallback(every_n_steps=1, **setting._asdict())]
     model, seconds = fine_tune(digits, callbacks)
     return Result(
         *evaluate(model, digits.choice),

@@ -79,12 +79,12 @@ def main() -> None:
 
     for seed in range(arguments.seeds):
         digits = Digits(seed)
-        mars = TPGMCallback(norm="mars", **CHOSEN["mars"])
+        mars = TPGMCallback(norm="mars", every_n_steps=1, **CHOSEN["mars"])
         histories.append(DistanceHistory(mars))
         methods: dict[str, list[Callback]] = {
             "plain fine-tuning": [],
             "TPGM (mars)": [mars, histories[-1]],
-            "TPGM (l2)": [TPGMCallback(norm="l2", **CHOSEN["l2"])],
+            "TPGM (l2)": [TPGMCallback(norm="l2", every_n_steps=1, **CHOSEN["l2"])],
         }
         if seed == 0:
             digits.setup("test")
