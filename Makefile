@@ -43,7 +43,7 @@ lint: $(VENV)/.installed-dev  ## style, format and types
 tests: $(VENV)/.installed-dev  ## tests and doctests but for the slow ones; options in PYTEST_ARGS, for instance --cov
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(PYTEST_TWICE) -m "not slow" $(PYTEST_ARGS)
 
-slow: $(VENV)/.installed-dev  ## the slow tests: what starts processes, compiles, or runs examples and the benchmark
+slow: $(VENV)/.installed-dev  ## the slow tests: what starts processes, or runs examples and the benchmark
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(PYTEST_TWICE) -m slow $(PYTEST_ARGS)
 
 # The checks run in the root folder with -I: the package that they import is the installed one.

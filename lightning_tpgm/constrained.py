@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tpgm.blocks import PLAIN, Blocks
 from lightning_tpgm.layout import Layout, Matrices
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.projection import safe_ratio
@@ -27,7 +26,6 @@ class Constrained:
         anchors: Of these, by the same names, in the same order.
         norm: ``"mars"`` or ``"l2"``: what a distance is.
         gathering: The modules that FSDP2 may have left with gathered weights, which would hide a change.
-        blocks: Says for a type of device what the work on a block of rows is done by.
         at: Where these tensors are among all that are constrained, shape (T,); None: these are all.
 
     Attributes:
@@ -42,7 +40,6 @@ class Constrained:
         anchors: Mapping[str, Tensor],
         norm: Norm,
         gathering: Sequence[nn.Module] = (),
-        blocks: Callable[[str], Blocks] = lambda device: PLAIN,
         at: Tensor | None = None,
     ) -> None:
         self.names = list(parameters)
@@ -51,7 +48,6 @@ class Constrained:
         self.at = at
         self._anchors = [anchors[name] for name in parameters]
         self._gathering = gathering
-        self._blocks = blocks
         self._subsets: dict[tuple[int, ...], Constrained] = {}
 
     # ---- which tensors
@@ -81,7 +77,7 @@ class Constrained:
             some = {self.names[i]: self.parameters[i] for i in indices}
             anchors = {self.names[i]: self._anchors[i] for i in indices}
             at = self.vector(indices, torch.long)
-            self._subsets[key] = Constrained(some, anchors, self.norm, self._gathering, self._blocks, at)
+            self._subsets[key] = Constrained(some, anchors, self.norm, self._gathering, at)
         return self._subsets[key]
 
     @property
@@ -97,9 +93,7 @@ class Constrained:
 
     @cached_property
     def _layout(self) -> Layout:
-        weights = self._local()
-        blocks = self._blocks(weights[0].device.type) if weights else PLAIN
-        return Layout(weights, self.norm, blocks)
+        return Layout(self._local(), self.norm)
 
     @cached_property
     def _sharding(self) -> Sharding:
@@ -209,19 +203,20 @@ class Constrained:
             moved: The parameters that are written; None: all. Others are inside their balls already, and a write would
                 invalidate graphs through them that are still in use.
         """
-        self._shrink(weights, safe_ratio(self.of_rows(radii), rows, self._row_sizes, self._layout.roundoff), moved)
+        ratios = safe_ratio(self.of_rows(radii), rows, self._row_sizes, self._layout.roundoff)
+        self._shrink(weights, ratios, moved, inside=True)
 
     def shrink(self, weights: Matrices, ratios: Tensor, moved: Sequence[bool] | None = None) -> None:
         """Write W0 + r (W - W0) into the parameters, one ratio per tensor, shape (T,); see `project`."""
-        self._shrink(weights, self.of_rows(ratios), moved)
+        self._shrink(weights, self.of_rows(ratios), moved, inside=False)
 
-    def _shrink(self, weights: Matrices, ratios: Tensor, moved: Sequence[bool] | None) -> None:
+    def _shrink(self, weights: Matrices, ratios: Tensor, moved: Sequence[bool] | None, inside: bool) -> None:
         for module in self._gathering:
             module.reshard()  # type: ignore[operator]  # an FSDPModule has it
         targets: list[Tensor | None] = [*self._local()]
         if moved is not None:
             targets = [target if written else None for target, written in zip(targets, moved, strict=True)]
-        self._layout.project(targets, weights, self.anchors, ratios)
+        self._layout.project(targets, weights, self.anchors, ratios, inside)
 
     def add_deviations(self, gradients: Sequence[Tensor | None], weights: Matrices, factors: Tensor) -> None:
         """G := G + factor D, in place, one factor per tensor, shape (T,); None is left alone."""

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tpgm.anchors import AnchorDevice, Anchors
-from lightning_tpgm.blocks import Blocks, blocks_for
 from lightning_tpgm.constrained import Constrained, gathering
 from lightning_tpgm.methods.method import Method, Step
 from lightning_tpgm.observing.leaving import too_long_for_max_norm
@@ -35,7 +34,6 @@ class Constraint(Shown):
     Args:
         method: What acts on the tensors.
         anchor_device: See `constrain`.
-        compile: See `constrain`.
         title: What the method is called in messages; None: its class.
         warn: Is told what users should know.
         tell: Is told what they may want to know.
@@ -45,7 +43,6 @@ class Constraint(Shown):
         self,
         method: Method,
         anchor_device: AnchorDevice = None,
-        compile: bool = False,
         title: str | None = None,
         warn: Say = warnings.warn,
         tell: Say = _logger.info,
@@ -57,7 +54,7 @@ class Constraint(Shown):
         self.tensors: Constrained | None = None  # those that are constrained now; None: no model is attached
         self.steps = Steps(self.before, self.change_gradients, self.after)
         self.record_every = 1  # steps, where quantities have to be measured
-        self._compile, self._warn, self._tell = compile, warn, tell
+        self._warn, self._tell = warn, tell
         self._gathering: list[nn.Module] = []
         self._candidates: Tensors = {}
         self._looks = False  # when the gradients of this step are there
@@ -108,17 +105,10 @@ class Constraint(Shown):
     @torch.no_grad()
     def _arrange(self) -> Constrained:
         parameters, anchors = self.anchors.parameters, self.anchors.joined
-        self.tensors = Constrained(parameters, anchors, self.method.norm, self._gathering, self._blocks)
+        self.tensors = Constrained(parameters, anchors, self.method.norm, self._gathering)
         self.tensors.prepare(self.method.has_radii)
         self.method.place(self.tensors)
         return self.tensors
-
-    def _blocks(self, device: str) -> Blocks:
-        blocks, problem = blocks_for(device, self._compile)
-        if problem:
-            self._compile = False
-            self._warn(f"{self.title}: `compile` = True has no effect, torch.compile does not work here: {problem}")
-        return blocks
 
     # ---- the steps of optimizers
 

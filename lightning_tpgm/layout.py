@@ -10,20 +10,21 @@ The functions of `lightning_tpgm.norms` and `lightning_tpgm.projection` say what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from math import prod
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_tpgm.blocks import PLAIN, Blocks
-from lightning_tpgm.norms import Norm, deviation, row_dims, row_norm
+from lightning_tpgm import blocks
+from lightning_tpgm.norms import Norm, matrix_shape, row_norm
+from lightning_tpgm.projection import is_coarse
 
 SHARED = 2**14
 """Tensors with fewer elements share a matrix: calling an operation costs more than carrying it out."""
 BLOCK = {"cpu": 2**18}
 """Elements that are worked on at a time, by type of device: a megabyte in float32 stays in the cache."""
 LARGE_BLOCK = 2**24
-"""On other devices, and where no intermediate results are made, the bound only keeps memory small."""
+"""On other devices the bound only keeps memory small."""
 
 Matrices = list[Tensor]
 """One matrix of rows for each group of a `Layout`, shape (R, L) each."""
@@ -37,21 +38,17 @@ class Layout:
     Args:
         tensors: What will be arranged; later calls pass tensors of the same shapes in the same order.
         norm: Says what a row is.
-        blocks: What the work on a block of rows is done by.
 
     Attributes:
         dtype: Of what is computed: float64 if any tensor is, else float32.
         tensor_of_row: The index of the tensor that each row belongs to, shape (rows,).
-        roundoff: Half the eps of each row's own dtype, shape (rows,).
+        roundoff: Half the eps of each row's own dtype, 0 for those of 16 bits, shape (rows,); see `safe_ratio`.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], norm: Norm, blocks: Blocks = PLAIN) -> None:
+    def __init__(self, tensors: Sequence[Tensor], norm: Norm) -> None:
         self._kind = norm
-        self._blocks = blocks
         self._count = len(tensors)
-        self._groups = [
-            _Group(indices, tensors, norm, blocks.compiled_for is not None) for indices in _grouped(tensors)
-        ]
+        self._groups = [_Group(indices, tensors, norm) for indices in _grouped(tensors)]
         dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self._device = tensors[0].device if tensors else torch.device("cpu")
@@ -59,10 +56,8 @@ class Layout:
         self.tensor_of_row = self.on_device(owners, torch.long)
         self._tensors = self.on_device([index for group in self._groups for index in group.indices], torch.long)
         self._sizes = [group.rows for group in self._groups]
-        halves = [torch.finfo(tensors[group.indices[0]].dtype).eps / 2 for group in self._groups]
-        self.roundoff = self.on_device(
-            [half for half, rows in zip(halves, self._sizes, strict=True) for _ in range(rows)], self.dtype
-        )
+        halves = [group.roundoff for group in self._groups for _ in range(group.rows)]
+        self.roundoff = self.on_device(halves, self.dtype)
 
     def rows_of(self, indices: Sequence[int]) -> Tensor:
         """Where the rows of these tensors are in the long vector, in the order of the indices."""
@@ -89,15 +84,11 @@ class Layout:
 
     def distances(self, weights: Matrices, anchors: Matrices) -> Tensor:
         """n of every row, see `lightning_tpgm.blocks.distances`."""
-        return self._of_rows(lambda w, a: self._blocks.distances(w, a, self._kind), self._norm, weights, anchors)
+        return self._of_rows(partial(blocks.distances, norm=self._kind), self._norm, weights, anchors)
 
     def copied_distances(self, weights: Matrices, anchors: Matrices, copies: Matrices) -> Tensor:
         """Like `distances`; the weights are written into the copies on the way, while they are in the cache."""
-
-        def copied(weight: Tensor, anchor: Tensor, copy: Tensor) -> Tensor:
-            return self._blocks.copied_distances(weight, anchor, copy, self._kind)
-
-        return self._of_rows(copied, self._norm, weights, anchors, copies)
+        return self._of_rows(partial(blocks.copied_distances, norm=self._kind), self._norm, weights, anchors, copies)
 
     def norms(self, matrices: Matrices) -> Tensor:
         """The norm of every row itself."""
@@ -105,9 +96,11 @@ class Layout:
 
     def dots(self, gradients: Matrices, weights: Matrices, anchors: Matrices) -> Tensor:
         """<G_row, D_row> of every row."""
-        return self._of_rows(self._blocks.dots, lambda parts: parts.sum(dim=1), gradients, weights, anchors)
+        return self._of_rows(blocks.dots, lambda parts: parts.sum(dim=1), gradients, weights, anchors)
 
-    def project(self, tensors: Sequence[Tensor | None], weights: Matrices, anchors: Matrices, ratios: Tensor) -> None:
+    def project(
+        self, tensors: Sequence[Tensor | None], weights: Matrices, anchors: Matrices, ratios: Tensor, inside: bool
+    ) -> None:
         """Write the projections of the weights into the tensors, see `lightning_tpgm.projection.project`.
 
         Args:
@@ -115,8 +108,10 @@ class Layout:
             weights: W; may be views of the same tensors.
             anchors: W0.
             ratios: r of every row.
+            inside: Whether rounding to 16 bits must not lengthen a row, see `lightning_tpgm.projection.project_inside`.
         """
-        self._rewrite(self._blocks.write_projection, tensors, weights, anchors, ratios, reads=False)
+        write = partial(blocks.write_inside, norm=self._kind) if inside else blocks.write_projection
+        self._rewrite(write, tensors, weights, anchors, ratios, reads=False)
 
     def add_deviations(
         self, gradients: Sequence[Tensor | None], weights: Matrices, anchors: Matrices, factors: Tensor
@@ -129,11 +124,7 @@ class Layout:
             anchors: W0.
             factors: One of every row.
         """
-
-        def add(gradient: Tensor, weight: Tensor, anchor: Tensor, factor: Tensor) -> None:
-            gradient.add_((factor * deviation(weight, anchor)).to(gradient.dtype))
-
-        self._rewrite(add, gradients, weights, anchors, factors, reads=True)
+        self._rewrite(blocks.add_deviation, gradients, weights, anchors, factors, reads=True)
 
     def _rewrite(
         self,
@@ -153,20 +144,13 @@ class Layout:
             if group.is_missing(tensors):
                 continue
             matrix = group.to_write(tensors, reads)
-            # one tensor for both, not two of the same memory: what is compiled must not take them for different ones
-            in_place = matrix.data_ptr() == weight.data_ptr()
-            for rows, columns in group.blocks:
-                target = matrix[rows, columns].detach()
-                source = target if in_place else weight[rows, columns].detach()
-                change(target, source, self._here(anchor[rows, columns]), value[rows])
+            for block in group.blocks:
+                change(matrix[block], weight[block], self._here(anchor[block]), value[block[0]])
             group.write(matrix, tensors)
 
     def _here(self, block: Tensor) -> Tensor:
-        """A block of an anchor that is kept elsewhere comes to the tensors' device for as long as it is used.
-
-        Detached like all blocks, so that what is compiled for it does not depend on the matrix that it is a part of.
-        """
-        return block.detach().to(self._device, non_blocking=True)
+        """A block of an anchor that is kept elsewhere comes to the tensors' device for as long as it is used."""
+        return block.to(self._device, non_blocking=True)
 
     def _norm(self, matrix: Tensor) -> Tensor:
         return row_norm(matrix, (1,), self._kind).squeeze(1)
@@ -226,29 +210,24 @@ def _grouped(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     yield from shared.values()
 
 
-def _matrix_shape(tensor: Tensor, norm: Norm) -> tuple[int, int]:
-    """Rows and their length."""
-    dims = row_dims(tensor.ndim, norm)
-    return (tensor.shape[0] if 0 not in dims and tensor.ndim else 1, prod(tensor.shape[dim] for dim in dims))
-
-
-def _block(tensor: Tensor, fused: bool = False) -> int:
-    return LARGE_BLOCK if fused else BLOCK.get(tensor.device.type, LARGE_BLOCK)
+def _block(tensor: Tensor) -> int:
+    return BLOCK.get(tensor.device.type, LARGE_BLOCK)
 
 
 class _Group:
     """Tensors that make one matrix: a large one, or small ones of one shape."""
 
-    def __init__(self, indices: list[int], tensors: Sequence[Tensor], norm: Norm, fused: bool) -> None:
+    def __init__(self, indices: list[int], tensors: Sequence[Tensor], norm: Norm) -> None:
         first = tensors[indices[0]]
         self.indices = indices
-        self.rows_each, self._length = _matrix_shape(first, norm)
+        self.rows_each, self._length = matrix_shape(first.size(), norm)
         self.rows = self.rows_each * len(indices)
         self.one_row = self.rows == 1
+        self.roundoff = 0.0 if is_coarse(first.dtype) else torch.finfo(first.dtype).eps / 2
         self._size, self._stride = first.size(), first.stride()
         self._is_view = first.numel() >= SHARED and _row_by_row(first, self.rows, self._length)
         self._zero = first.new_zeros(())
-        block = _block(first, fused)
+        block = _block(first)
         if self.one_row:
             self.blocks = [(slice(None), slice(i, i + block)) for i in range(0, max(1, self._length), block)]
         else:

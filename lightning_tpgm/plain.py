@@ -26,7 +26,6 @@ def constrain(
     pretrained: Pretrained | None = None,
     held_out_loss: Callable[[], Tensor] | None = None,
     anchor_device: AnchorDevice = None,
-    compile: bool = False,
 ) -> Constraint:
     """Let a method act on a model in a plain PyTorch loop, under Lightning Fabric, or in anybody's trainer.
 
@@ -42,7 +41,6 @@ def constrain(
         held_out_loss: For `TPGM`: returns the loss on the next held-out batch, a scalar tensor, at the model's present
             weights. Train or eval mode and the batches are its own affair.
         anchor_device: ``"cpu"``: the anchors are kept in the host's memory; None: on the parameters' device.
-        compile: Whether the work on the weights is fused by ``torch.compile`` (`TPGM`, `FTP`).
 
     Returns:
         The constraint: ``radii``, ``distances``, ``report()``, ``plot()``, ``state_dict()`` and ``load_state_dict()``
@@ -82,7 +80,7 @@ def constrain(
         raise ValueError(f"`held_out_loss` has no effect with {type(method).__name__}. Leave it out.")
     reshard(model)
     candidates = constrainable(model, exclude, buffers=method.constrains_buffers)
-    constraint = Constraint(method, anchor_device, compile)
+    constraint = Constraint(method, anchor_device)
     constraint.begin(model, candidates, None if pretrained is None else read_pretrained(pretrained))
     if not constraint.anchors.joined and not constraint.anchors.waiting:
         raise ValueError(

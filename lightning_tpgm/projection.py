@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_tpgm.norms import Norm, deviation
+
 EPS = 1e-8
 """Added to a distance that divides."""
 MIN_RADIUS = 1e-8
@@ -40,7 +42,8 @@ def safe_ratio(radius: Tensor, distance: Tensor, size: Tensor, roundoff: Tensor)
         radius: gamma, broadcastable against ``distance``.
         distance: n of each row, any shape.
         size: The norm of each row of W0 itself, same shape.
-        roundoff: Largest relative error of rounding to the weight's dtype (half its eps), broadcastable.
+        roundoff: Largest relative error of rounding to the weight's dtype (half its eps), broadcastable;
+            0 for a row that `project_inside` rounds.
 
     Returns:
         r, the shape of ``distance``.
@@ -79,6 +82,58 @@ def project(weight: Tensor, anchor: Tensor, ratio: Tensor, out: Tensor | None = 
         return torch.lerp(start, end, ratio, out=out)
     projected = start.lerp(end, ratio).to(weight.dtype)
     return projected if out is None else out.copy_(projected)
+
+
+def is_coarse(dtype: torch.dtype) -> bool:
+    """Whether a dtype has 16 bits: then the worst case of its rounding is no small part of a radius."""
+    return dtype.itemsize == 2
+
+
+def project_inside(weight: Tensor, anchor: Tensor, ratio: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
+    """`project` for 16-bit dtypes, rounded so that no row is farther from its anchor than it would be unrounded.
+
+    Of two elements that are to move by half a step of the dtype, one moves and the other stays: an element is rounded
+    away from W0 where the fractions of steps of the row so far make a whole one. So a row keeps its length and its
+    direction, even if all its elements are to move by less than a step. What is too long by then is taken back.
+
+    Args:
+        weight: W, shape (R, L), float16 or bfloat16.
+        anchor: W0, same shape and dtype.
+        ratio: r, shape (R, 1), float32 or float64.
+        norm: What a row's distance is: the L1 norm (``"mars"``) or the Euclidean norm (``"l2"``).
+        out: Where to write the result, which may be ``weight``; None: new memory.
+
+    Returns:
+        The projected weight. A row with r = 1 is unchanged to the bit. Parts of a row may be rounded one by one.
+
+    >>> weight = torch.full((1, 4), 1 + 2**-7, dtype=torch.bfloat16)  # one step of the dtype from 1
+    >>> anchor, ratio = torch.ones_like(weight), torch.tensor([[0.6]])
+    >>> project_inside(weight, anchor, ratio, "mars").sub(anchor).mul(2**7).tolist()
+    [[0.0, 1.0, 0.0, 1.0]]
+    """
+    moved = deviation(weight, anchor)
+    target = moved.mul(ratio).abs_()
+    nearest = project(weight, anchor, ratio)
+    lower = torch.where(deviation(nearest, anchor).abs_() > target, _neighbour(nearest, -moved), nearest)
+    low = deviation(lower, anchor).abs_()
+    upper = torch.where(low < target, _neighbour(lower, moved), lower)
+    high = deviation(upper, anchor).abs_()
+    if norm == "l2":  # what adds up over a row
+        target, low, high = target.square_(), low.square_(), high.square_()
+    total, step = (target - low).cumsum(dim=1), (high - low).clamp_(min=torch.finfo(low.dtype).tiny)
+    before = torch.nn.functional.pad(total[:, :-1], (1, 0))  # not total - fraction, which is another after rounding
+    up = (total.div_(step).floor_() > before.div_(step).floor_()) & (upper != lower)
+    excess = torch.where(up, high, low).sub_(target).sum(dim=1, keepdim=True)
+    gain = (high - low).mul_(up)
+    up &= gain.cumsum(dim=1).sub_(gain) >= excess
+    projected = torch.where(up, upper, lower)
+    return projected if out is None else out.copy_(projected)
+
+
+def _neighbour(values: Tensor, direction: Tensor) -> Tensor:
+    """The next number in a direction, from a zero the one of its sign: `torch.nextafter` for float16, too."""
+    outwards = (direction * values.sign() >= 0).to(torch.int16)  # bits taken as an integer count the numbers from zero
+    return (values.view(torch.int16) + (2 * outwards - 1)).view(values.dtype)
 
 
 def radius_slope(dot: Tensor, distance: Tensor, radius: Tensor) -> Tensor:

@@ -75,7 +75,6 @@ BAD_ARGUMENTS: list[tuple[str, Any, str]] = [
         ("anchor_device", v, "`anchor_device` should be None or 'cpu', found ...")
         for v in ("cuda", 0, torch.device("cpu"))
     ),
-    *(("compile", v, "`compile` should be True or False, found ...") for v in (None, "yes", 1)),
     *(("loss", v, NOT_LOSS) for v in ("training_step", "val", 3, ["validation_step"])),
     *(("dataloader", v, NOT_LOADER) for v in (3, 0.5, object())),
     *(("dataloader", v, NOT_PATH) for v in ("held_out", "", "my project:data", "my_project.data:", "a:b:c", "1a.b")),

@@ -327,7 +327,8 @@ def test_rounding_is_no_alarm() -> None:
     """An average is stored in the weights' dtype: each entry may move by a unit in its last place."""
 
     def store(module: Any) -> None:
-        module.hidden.weight.data.mul_(1 + 2**-8)
+        weight = module.hidden.weight.data
+        weight.copy_(torch.nextafter(weight, torch.full_like(weight, torch.inf)))
 
     assert said(TPGMCallback(radius_lr=1e-4), At("on_train_end", store), precision="bf16-true") == []
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import reference
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods.radii import Radii
-from lightning_tpgm.projection import EPS, MIN_RADIUS, legal_radius, ratio
+from lightning_tpgm.projection import EPS, MIN_RADIUS, legal_radius, project_inside, ratio
 from properties import (
     assert_idempotent,
     assert_same_direction,
@@ -130,6 +130,52 @@ def test_rounding_does_not_leave_the_ball(shape: tuple[int, ...], norm: Any, dty
             after = max(distances(case.project(weight, fraction * n).double() - case.anchor.double(), norm))
             assert after <= fraction * n * (1 + 1e-5)
             assert after >= fraction * n - 2.01 * margin - 1.5 * eps * fraction * n
+
+
+@st.composite
+def coarse_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Rows of 16 bits, down to the smallest numbers and across zero, with a ratio each."""
+    dtype = draw(st.sampled_from([torch.bfloat16, torch.float16]))
+    shape = (draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7, 300])))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    anchor, moved = (torch.randn(shape, generator=generator) * 10.0 ** draw(st.integers(-8, 2)) for _ in range(2))
+    ratio = torch.rand(shape[0], 1, generator=generator) ** draw(st.sampled_from([1, 8, 1 / 8]))
+    return (anchor + moved).to(dtype), anchor.to(dtype), ratio, draw(st.sampled_from(["mars", "l2"]))
+
+
+@settings(max_examples=400, deadline=None)
+@given(coarse_cases())
+def test_rounding_to_16_bits_lengthens_no_row(case: tuple[Tensor, Tensor, Tensor, Any]) -> None:
+    """Each element is one of the two numbers next to the exact one, and their row is no longer than the exact one."""
+    weight, anchor, ratio, norm = case
+    projected = project_inside(weight, anchor, ratio, norm)
+    moved = weight.double() - anchor.double()
+    exact = anchor.double() + ratio.double() * moved
+    step = torch.finfo(weight.dtype).eps * projected.double().abs().maximum(exact.abs())
+    smallest = torch.finfo(weight.dtype).smallest_normal * torch.finfo(weight.dtype).eps
+    assert ((projected.double() - exact).abs() <= (1 + 1e-4) * step.clamp(min=smallest)).all()
+    assert ((projected.double() - anchor.double()) * moved >= 0).all()
+    allowed, found = (distances(d, norm) for d in (ratio.double() * moved, projected.double() - anchor.double()))
+    sizes = distances(anchor.double().abs().maximum(weight.double().abs()), norm)
+    assert all(f <= a + 1e-6 * s for f, a, s in zip(found, allowed, sizes, strict=True))
+    assert_unchanged(lambda w: project_inside(w, anchor, torch.ones_like(ratio), norm), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["mars", "l2"])
+def test_long_rows_of_16_bits_are_not_pinned(norm: Any, dtype: torch.dtype) -> None:
+    """A ball far smaller than what rounding all elements adds up to: rows reach its surface, in all their parts."""
+    generator = torch.Generator().manual_seed(0)
+    anchor = (1 + torch.rand(8, 4608, generator=generator)).to(dtype)
+    eps = torch.finfo(dtype).eps
+    case = Case(anchor + eps, anchor, norm)  # each element moved by one step, as small learning rates move them
+    for fraction in (0.1, 0.3, 0.5, 0.8):
+        n = float(case.distance().amax())
+        projected = case.project(case.weight, fraction * n).double() - anchor.double()
+        lengths = distances(projected, norm)
+        assert all(0.99 * fraction * n <= length <= fraction * n * (1 + 1e-6) for length in lengths)
+        parts = projected.square().unflatten(1, (8, -1)).sum(dim=(0, 2))
+        assert parts.max() < 1.2 * parts.min()  # an element more or less counts at the smallest ball
 
 
 @draws

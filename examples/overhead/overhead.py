@@ -53,7 +53,6 @@ class HeldOut:
 METHODS: dict[str, Callable[[], MethodCallback]] = {
     "TPGM, mars": lambda: TPGMCallback(HeldOut(), every_n_steps=1, norm="mars"),
     "TPGM, l2": lambda: TPGMCallback(HeldOut(), every_n_steps=1, norm="l2"),
-    "TPGM, mars, compiled": lambda: TPGMCallback(HeldOut(), every_n_steps=1, norm="mars", compile=True),
     "FTP, mars": FTPCallback,
     "FTP, l2": lambda: FTPCallback(norm="l2"),
     "DiGraP": DiGraPCallback,

@@ -42,7 +42,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def step_table(times: Times) -> str:
     """Each method's own time in a step over its floor."""
-    tpgms = ("TPGM, mars", "TPGM, l2", "TPGM, mars, compiled")
+    tpgms = ("TPGM, mars", "TPGM, l2")
     head = ["", "batch", "plain step, s", *(f"{name} / floor" for name in tpgms), "naive / TPGM, mars"]
     head += [f"plain + {name}" for name in WITHOUT_EVALUATION]
     rows = []

@@ -6,9 +6,8 @@ from typing_extensions import Unpack
 
 from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.callbacks.radii import WithRadii
-from lightning_tpgm.callbacks.shared import Shared, configuration_errors
+from lightning_tpgm.callbacks.shared import Shared
 from lightning_tpgm.methods import FTP
-from lightning_tpgm.methods.method import check
 from lightning_tpgm.methods.radii import RadiusLr
 from lightning_tpgm.norms import Norm
 
@@ -26,7 +25,6 @@ class FTPCallback(WithRadii, MethodCallback):
             gradient.
         radius_lr: As in `TPGMCallback`.
         norm: ``"mars"`` or ``"l2"``, as in `TPGMCallback`.
-        compile: Whether the tensor work is fused by ``torch.compile``, as in `TPGMCallback`.
         shared: The arguments of all callbacks, by keyword.
 
     Raises:
@@ -47,11 +45,7 @@ class FTPCallback(WithRadii, MethodCallback):
         k: float = 1.0,
         radius_lr: RadiusLr = "auto",
         norm: Norm = "mars",
-        *,
-        compile: bool = False,
         **shared: Unpack[Shared],
     ) -> None:
-        with configuration_errors():
-            check(isinstance(compile, bool), "compile", "True or False", compile)
-        self.k, self.radius_lr, self.norm, self.compile = k, radius_lr, norm, compile
+        self.k, self.radius_lr, self.norm = k, radius_lr, norm
         super().__init__(**shared)

@@ -51,7 +51,6 @@ class MethodCallback(PlainCopies, Callback):
     the device but when the trainer's ``log_every_n_steps`` says that logs are due.
     """
 
-    compile = False
     _KEY = ""  # what logged names begin with
     _METHOD: type[Any] = Method
     _SHOWN: tuple[str, ...] = ()  # the arguments in `repr`; none: the method's own
@@ -90,7 +89,7 @@ class MethodCallback(PlainCopies, Callback):
         """Back to the state of a new callback."""
         self._logs = Logs(self._KEY, self._logged, self._IN_BAR)
         with configuration_errors():
-            arguments = self.make_method(), self.anchor_device, self.compile, type(self).__name__
+            arguments = self.make_method(), self.anchor_device, type(self).__name__
         self._constraint = Constraint(*arguments, rank_zero_warn, rank_zero_info)
         self._constraint.steps = Steps(self._before_step, None, self._after_step)
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the fit starts

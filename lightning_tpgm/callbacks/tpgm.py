@@ -61,9 +61,6 @@ class TPGMCallback(WithRadii, MethodCallback):
             CLIP on ImageNet: ``norm="l2", radius_steps=200``). Checkpoints that were written during the fit hold the
             fine-tuned weights; ``trainer.save_checkpoint`` after it saves the projected ones, and
             `lightning_tpgm.project_checkpoint` projects one that exists.
-        compile: Whether distances, projections and radius gradients are fused by ``torch.compile``, each to one pass
-            over memory; needs what that needs (on a CPU a C++ compiler), and takes some ten seconds once. Where it does
-            not work a warning says so.
         shared: The arguments of all callbacks, by keyword. The logs also have ``tpgm/heldout_loss``.
 
     Raises:
@@ -96,15 +93,13 @@ class TPGMCallback(WithRadii, MethodCallback):
         loss: Loss = None,
         eval_mode: bool = True,
         when: When = "training",
-        compile: bool = False,
         **shared: Unpack[Shared],
     ) -> None:
         with configuration_errors():
             check_source(dataloader)
             check_loss(loss)
             check(isinstance(eval_mode, bool), "eval_mode", "True or False", eval_mode)
-            check(isinstance(compile, bool), "compile", "True or False", compile)
-        self.dataloader, self.loss, self.eval_mode, self.compile = dataloader, loss, eval_mode, compile
+        self.dataloader, self.loss, self.eval_mode = dataloader, loss, eval_mode
         self.radius_lr, self.norm = radius_lr, norm
         self.radius_steps, self.every_n_steps, self.when = radius_steps, every_n_steps, when
         super().__init__(**shared)
