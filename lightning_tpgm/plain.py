@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_tpgm.anchors import AnchorDevice
 from lightning_tpgm.constraint import Constraint
+from lightning_tpgm.freshness import fresh_layers
 from lightning_tpgm.gradients import PlainHeldOut
 from lightning_tpgm.methods import TPGM, Method
 from lightning_tpgm.pretrained import Pretrained, read_pretrained
@@ -93,6 +95,9 @@ def constrain(
             " parameter of the model that is to be constrained. Pass those that train it."
         )
     constraint.follow(followed)
+    fresh = fresh_layers(model, constraint.anchors.parameters) if pretrained is None else None
+    if fresh is not None:
+        warnings.warn(fresh.text(constraint.title, exclude), stacklevel=2)
     return constraint
 
 

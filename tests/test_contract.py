@@ -409,8 +409,8 @@ BAD_ARGUMENTS = [
             (DiGraPCallback, "omega_lr", "0.1", "a positive number", "'0.1'"),
             (SPDCallback, "strength", -1, "a number that is not negative", "-1"),
             (L2SPCallback, "strength", -1, "a number that is not negative", "-1"),
-            (WiSEFTCallback, "alpha", 1.1, r"a number in \[0, 1\] or None", "1.1"),
-            (WiSEFTCallback, "alpha", "0.5", r"a number in \[0, 1\] or None", "'0.5'"),
+            (WiSEFTCallback, "alpha", 1.1, r"a number in \[0, 1\], 'sweep' or None", "1.1"),
+            (WiSEFTCallback, "alpha", "0.5", r"a number in \[0, 1\], 'sweep' or None", "'0.5'"),
         ]
     ),
     (TPGMCallback, {"when": "fit_end", "every_n_steps": 2}, "`every_n_steps` = 2 has no effect with `when`"),

@@ -19,8 +19,17 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_tpgm import FreezeBatchNorm, FTPCallback, L2SPCallback, SPDCallback, TPGMCallback, WiSEFTCallback
+from lightning_tpgm import (
+    FreezeBatchNorm,
+    FTPCallback,
+    L2SPCallback,
+    SPDCallback,
+    TPGMCallback,
+    WiSEFTCallback,
+    constrain,
+)
 from lightning_tpgm.freshness import fresh_layers
+from lightning_tpgm.methods import FTP
 from lightning_tpgm.selection import constrainable
 from toys import quiet_trainer
 
@@ -386,6 +395,18 @@ def test_judging_changes_nothing() -> None:
     before = {name: value.clone() for name, value in module.state_dict().items()}
     said(module)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_plain_loop_is_told(given: bool) -> None:
+    """Not where the anchors are given: then the head has pretrained weights."""
+    model = Digits(nn.Linear(WIDTH, 10))
+    pretrained = model.state_dict() if given else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        constrain(model, FTP(), torch.optim.SGD(model.parameters(), 1e-3), pretrained=pretrained)
+    texts = [str(warning.message) for warning in caught if "freshly initialised" in str(warning.message)]
+    assert ["exclude=['head.*']" in text for text in texts] == ([] if given else [True])
 
 
 def main() -> None:

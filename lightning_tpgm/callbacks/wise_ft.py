@@ -22,7 +22,7 @@ from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.callbacks.shared import Shared, configuration_errors
 from lightning_tpgm.callbacks.sweep import ALPHAS, Mode, Search, Tolerance, WiSEFTSweep, alpha_setter, not_logged
 from lightning_tpgm.methods import WiSEFT
-from lightning_tpgm.methods.method import check
+from lightning_tpgm.methods.method import check, is_number
 
 
 class WiSEFTCallback(MethodCallback):
@@ -71,6 +71,8 @@ class WiSEFTCallback(MethodCallback):
         **shared: Unpack[Shared],
     ) -> None:
         with configuration_errors():
+            known = alpha is None or alpha == "sweep" or (is_number(alpha) and 0 <= alpha <= 1)
+            check(known, "alpha", "a number in [0, 1], 'sweep' or None", alpha)
             needed = "a metric that validation logs" if alpha == "sweep" else "None without `alpha` = 'sweep'"
             check(isinstance(monitor, str) if alpha == "sweep" else monitor is None, "monitor", needed, monitor)
             Search(monitor or "", alphas, mode, tolerance)
