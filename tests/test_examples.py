@@ -106,6 +106,16 @@ def test_batch_norm(tmp_path: Path) -> None:
     assert shifted["TPGM", False] > shifted["TPGM", True] + 2
 
 
+@pytest.mark.slow
+def test_letters(tmp_path: Path) -> None:
+    """Fonts that the network knew are kept; what it has learned of the new one is at least as good."""
+    rows = run("letters.py", tmp_path, "--seeds", "1", "--rates", "3e-3", "--pretraining", "8", "--epochs", "10")
+    cells = [[cell.strip() for cell in row.split("|")[2:-1]] for row in rows.splitlines() if row.startswith("| 0.003")]
+    (_, plain_new, plain_seen, _), (_, new, seen, _) = cells
+    assert float(seen) > float(plain_seen) + 3
+    assert float(new) > float(plain_new) - 3
+
+
 def test_every_script_is_tried() -> None:
     tried = {f"{name.removeprefix('test_')}.py" for name in globals() if name.startswith("test_")}
     assert {path.name for path in EXAMPLES.glob("*.py")} <= tried
