@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -154,11 +155,19 @@ class Anchors:
         self.parameters, self._frozen = {}, {}
         self.joined = to_cpu(self.joined)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Anchors, and what is kept for those that wait, whole and on the CPU. Collective where tensors are split."""
+    def state_dict(self, sources: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+        """Anchors, and what is kept for those that wait, whole and on the CPU. Collective where tensors are split.
+
+        Args:
+            sources: What to write in place of the values of these.
+        """
+
+        def saved(name: str, value: Tensor) -> Tensor | str:
+            return sources[name] if name in sources else full(value).cpu()
+
         return {
-            "anchor": {name: full(anchor).cpu() for name, anchor in self.joined.items()},
-            "waiting": {name: None if value is None else full(value).cpu() for name, value in self._kept.items()},
+            "anchor": {name: saved(name, anchor) for name, anchor in self.joined.items()},
+            "waiting": {name: None if value is None else saved(name, value) for name, value in self._kept.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lightning_tpgm.observing.leaving import too_long_for_max_norm
 from lightning_tpgm.observing.reporter import Quantities, Reporter
 from lightning_tpgm.observing.shown import Shown
 from lightning_tpgm.optimizers import evaluates_other_weights, needs_unscaled_gradients, weights_for_evaluation
+from lightning_tpgm.references import AnchorFile, moved, named, put_back
 from lightning_tpgm.selection import check_dense
 from lightning_tpgm.steps import Steps
 
@@ -34,6 +36,7 @@ class Constraint(Shown):
     Args:
         method: What acts on the tensors.
         anchor_device: See `constrain`.
+        save_anchor: See `constrain`.
         title: What the method is called in messages; None: its class.
         warn: Is told what users should know.
         tell: Is told what they may want to know.
@@ -43,6 +46,7 @@ class Constraint(Shown):
         self,
         method: Method,
         anchor_device: AnchorDevice = None,
+        save_anchor: bool = True,
         title: str | None = None,
         warn: Say = warnings.warn,
         tell: Say = _logger.info,
@@ -50,6 +54,8 @@ class Constraint(Shown):
         self.method = method
         self.title = title or type(method).__name__
         self.anchors = Anchors(anchor_device)
+        self._save_anchor = save_anchor
+        self._file: AnchorFile | None = None  # what checkpoints name instead of holding anchors
         self.reporter = Reporter(self.title)
         self.tensors: Constrained | None = None  # those that are constrained now; None: no model is attached
         self.steps = Steps(self.before, self.change_gradients, self.after)
@@ -61,18 +67,39 @@ class Constraint(Shown):
 
     # ---- attaching it to a model
 
-    def begin(self, model: nn.Module, candidates: Tensors, pretrained: Tensors | None = None) -> None:
-        """Take the anchors from the model's weights, or from given ones."""
+    def begin(
+        self, model: nn.Module, candidates: Tensors, pretrained: Tensors | None = None, path: Path | None = None
+    ) -> None:
+        """Take the anchors from the model's weights, or from given ones, which may come from a file."""
         if pretrained is None:
             self.anchors.begin(candidates)
         else:
             self.anchors.begin_from(pretrained, candidates, self._report)
+            if path is not None and not self._save_anchor:
+                self._file = AnchorFile.of(path, pretrained, candidates)
         self._attach(model, candidates)
 
-    def restore(self, model: nn.Module, candidates: Tensors, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was asked for."""
-        self.anchors.restore(state, candidates)
+    def restore(
+        self,
+        model: nn.Module,
+        candidates: Tensors,
+        state: Mapping[str, Any],
+        pretrained: Tensors | None = None,
+        path: Path | None = None,
+    ) -> None:
+        """Go on where `state_dict` was asked for; a state that names a file finds it here, if it has moved."""
+        self._restore(candidates, state, pretrained, path)
         self._attach(model, candidates, state)
+
+    def _restore(
+        self,
+        candidates: Tensors,
+        state: Mapping[str, Any],
+        pretrained: Tensors | None = None,
+        path: Path | None = None,
+    ) -> None:
+        self.anchors.restore(put_back(state, path, pretrained), candidates)
+        self._file = None if self._save_anchor else moved(named(state), path)
 
     def go_on(self, model: nn.Module, candidates: Tensors, pretrained: Tensors | None = None) -> None:
         """Go on with the same model after `release`."""
@@ -228,9 +255,10 @@ class Constraint(Shown):
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Anchors, what was learned and what was seen, on the CPU. Collective where parameters are split."""
+        """Anchors or their file, what was learned and what was seen, on the CPU. Collective where tensors are split."""
         return {
-            **self.anchors.state_dict(),
+            **self.anchors.state_dict({} if self._file is None else self._file.sources),
+            **({} if self._file is None else {"file": self._file.state()}),
             "method": self.method.state(),
             "history": self.reporter.history.state_dict(),
         }
@@ -243,7 +271,7 @@ class Constraint(Shown):
         """
         if self.tensors is None:
             raise ValueError(f"{self.title} is at work on no model. Call load_state_dict before remove.")
-        self.anchors.restore(state, self._candidates)
+        self._restore(self._candidates, state)
         self._arrange()
         self.load(state)
         self.join()

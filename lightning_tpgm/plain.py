@@ -14,7 +14,8 @@ from lightning_tpgm.constraint import Constraint
 from lightning_tpgm.freshness import fresh_layers
 from lightning_tpgm.gradients import PlainHeldOut
 from lightning_tpgm.methods import TPGM, Method
-from lightning_tpgm.pretrained import Pretrained, read_pretrained
+from lightning_tpgm.pretrained import Pretrained, path_of, read_pretrained
+from lightning_tpgm.references import check_save_anchor
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import reshard
 
@@ -28,6 +29,7 @@ def constrain(
     pretrained: Pretrained | None = None,
     held_out_loss: Callable[[], Tensor] | None = None,
     anchor_device: AnchorDevice = None,
+    save_anchor: bool = True,
 ) -> Constraint:
     """Let a method act on a model in a plain PyTorch loop, under Lightning Fabric, or in anybody's trainer.
 
@@ -43,6 +45,8 @@ def constrain(
         held_out_loss: For `TPGM`: returns the loss on the next held-out batch, a scalar tensor, at the model's present
             weights. Train or eval mode and the batches are its own affair.
         anchor_device: ``"cpu"``: the anchors are kept in the host's memory; None: on the parameters' device.
+        save_anchor: Whether ``state_dict()`` holds the anchors. False: it holds the path of the ``pretrained`` file and
+            a fingerprint of its tensors; ``load_state_dict()`` needs the file to be where it was.
 
     Returns:
         The constraint: ``radii``, ``distances``, ``report()``, ``plot()``, ``state_dict()`` and ``load_state_dict()``
@@ -82,8 +86,10 @@ def constrain(
         raise ValueError(f"`held_out_loss` has no effect with {type(method).__name__}. Leave it out.")
     reshard(model)
     candidates = constrainable(model, exclude, buffers=method.constrains_buffers)
-    constraint = Constraint(method, anchor_device)
-    constraint.begin(model, candidates, None if pretrained is None else read_pretrained(pretrained))
+    check_save_anchor(save_anchor, pretrained)
+    constraint = Constraint(method, anchor_device, save_anchor)
+    read = None if pretrained is None else read_pretrained(pretrained)
+    constraint.begin(model, candidates, read, path_of(pretrained))
     if not constraint.anchors.joined and not constraint.anchors.waiting:
         raise ValueError(
             f"{constraint.title} has nothing to constrain: no parameter remains after `exclude` = {list(exclude)}."

@@ -16,6 +16,11 @@ from lightning_tpgm.selection import clean_name
 Pretrained = nn.Module | str | os.PathLike[str] | Mapping[str, Tensor]
 
 
+def path_of(pretrained: Pretrained | None) -> Path | None:
+    """The file that the pretrained weights are in, if they are in one."""
+    return Path(pretrained) if isinstance(pretrained, str | os.PathLike) else None
+
+
 def read_pretrained(pretrained: Pretrained) -> dict[str, Tensor]:
     """The pretrained tensors by name.
 

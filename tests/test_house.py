@@ -42,7 +42,7 @@ FLOORS = (
     ("methods",),
     ("steps",),
     ("observing",),
-    ("constraint", "plain"),
+    ("references", "constraint", "plain"),
     ("callbacks",),
     ("__main__",),
 )

@@ -38,7 +38,7 @@ from lightning_tpgm.constraint import Constraint
 from lightning_tpgm.methods.method import Method, Step
 from lightning_tpgm.observing.reporter import Over, Quantity
 from lightning_tpgm.observing.reporting import Row
-from lightning_tpgm.pretrained import Pretrained, read_pretrained
+from lightning_tpgm.pretrained import Pretrained, path_of, read_pretrained
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import reshard
 from lightning_tpgm.steps import Steps
@@ -63,14 +63,15 @@ class MethodCallback(PlainCopies, Callback):
         log: Log = "summary",
         summary: bool = False,
         anchor_device: AnchorDevice = None,
+        save_anchor: bool = True,
     ) -> None:
         join_later_imports()
-        check_shared(exclude, pretrained, log, summary, anchor_device)
+        check_shared(exclude, pretrained, log, summary, anchor_device, save_anchor)
         self.exclude = tuple(exclude)
         self.pretrained = pretrained
         self._logged = log  # `log` is taken: Lightning gives its callbacks the module's method of that name
         self.summary = summary
-        self.anchor_device = anchor_device
+        self.anchor_device, self.save_anchor = anchor_device, save_anchor
         vars(self).update(as_plain_numbers(vars(self)))
         self._start_anew()
 
@@ -89,7 +90,7 @@ class MethodCallback(PlainCopies, Callback):
         """Back to the state of a new callback."""
         self._logs = Logs(self._KEY, self._logged, self._IN_BAR)
         with configuration_errors():
-            arguments = self.make_method(), self.anchor_device, type(self).__name__
+            arguments = self.make_method(), self.anchor_device, self.save_anchor, type(self).__name__
         self._constraint = Constraint(*arguments, rank_zero_warn, rank_zero_info)
         self._constraint.steps = Steps(self._before_step, None, self._after_step)
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the fit starts
@@ -273,12 +274,13 @@ class MethodCallback(PlainCopies, Callback):
         reshard(pl_module)
         self._constraint.steps.stop()
         state, given, same = self._loaded, self._given, self._fitted() is pl_module
+        path = path_of(self.pretrained)
         known = self._constraint.anchors.origin != "none"
         fresh = anew or trainer.fit_loop.total_batch_idx < 0
         with configuration_errors():
             candidates = constrainable(pl_module, self.exclude, buffers=self._constraint.method.constrains_buffers)
             if state is not None:
-                self._constraint.restore(pl_module, candidates, state)
+                self._constraint.restore(pl_module, candidates, state, given, path)
             elif known and same and not fresh and trainer.ckpt_path is None:
                 self._constraint.go_on(pl_module, candidates, given)
             else:
@@ -287,7 +289,7 @@ class MethodCallback(PlainCopies, Callback):
                 if given is None:
                     warn_of_random_anchors(pl_module, type(self).__name__)
                 self._start_anew()
-                self._constraint.begin(pl_module, candidates, given)
+                self._constraint.begin(pl_module, candidates, given, path)
         self._loaded = self._given = None
         self._constraint.record_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._untouched = Untouched(self._constraint.anchors)

@@ -18,6 +18,7 @@ from lightning_tpgm.callbacks.framework import MisconfigurationException
 from lightning_tpgm.callbacks.logs import Log
 from lightning_tpgm.methods.method import check
 from lightning_tpgm.pretrained import Pretrained
+from lightning_tpgm.references import check_save_anchor
 
 
 class Shared(TypedDict, total=False):
@@ -36,6 +37,8 @@ class Shared(TypedDict, total=False):
         summary: Whether the fit ends with a printed table of the tensors that moved most and least; needs rich.
         anchor_device: ``"cpu"``: the anchors are kept in the host's memory, pinned, and come to the GPU block by block
             when they are needed. None: on the parameters' device.
+        save_anchor: Whether checkpoints hold the anchors. False: they hold the path of the ``pretrained`` file and a
+            fingerprint of its tensors, and to resume reads the file and compares. If it has moved, pass its new place.
     """
 
     exclude: Sequence[str]
@@ -43,6 +46,7 @@ class Shared(TypedDict, total=False):
     log: Log
     summary: bool
     anchor_device: AnchorDevice
+    save_anchor: bool
 
 
 def as_plain_numbers(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def configuration_errors() -> Iterator[None]:
         raise MisconfigurationException(str(error)) from error
 
 
-def check_shared(exclude: Any, pretrained: Any, log: Any, summary: Any, anchor_device: Any) -> None:
+def check_shared(exclude: Any, pretrained: Any, log: Any, summary: Any, anchor_device: Any, save_anchor: Any) -> None:
     """Raise Lightning's `MisconfigurationException` about a value that no fit could use."""
     patterns = isinstance(exclude, Sequence) and not isinstance(exclude, str)
     accepted = isinstance(pretrained, str | os.PathLike | Mapping | nn.Module | None)
@@ -84,6 +88,7 @@ def check_shared(exclude: Any, pretrained: Any, log: Any, summary: Any, anchor_d
         check(patterns and all(isinstance(p, str) for p in exclude), "exclude", "a sequence of patterns", exclude)
         check(accepted, "pretrained", "a path, a mapping of tensors by name, a module or None", pretrained)
         check(anchor_device in (None, "cpu"), "anchor_device", "None or 'cpu'", anchor_device)
+        check_save_anchor(save_anchor, pretrained)
         check(log in get_args(Log), "log", f"one of {get_args(Log)}", log)
         check(isinstance(summary, bool), "summary", "True or False", summary)
         if summary and find_spec("rich") is None:

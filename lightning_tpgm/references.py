@@ -1,0 +1,115 @@
+"""Anchors that a checkpoint names instead of holding: the file that they came from, and what it held."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tpgm.methods.method import check
+from lightning_tpgm.pretrained import Pretrained, match_names, path_of, read_pretrained
+
+_PLACES = ("anchor", "waiting")  # of anchors in a state dict
+
+
+@dataclass(frozen=True)
+class AnchorFile:
+    """The file that anchors came from.
+
+    Attributes:
+        path: Absolute.
+        fingerprint: Of the tensors that became anchors, see `fingerprint`.
+        sources: Their names in the file, by those of the parameters.
+    """
+
+    path: str
+    fingerprint: str
+    sources: Mapping[str, str]
+
+    @classmethod
+    def of(cls, path: Path, pretrained: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> AnchorFile:
+        """Of a file that was read.
+
+        Args:
+            path: Of the file.
+            pretrained: What `read_pretrained` found in it.
+            parameters: Those that may be constrained, by name.
+        """
+        sources = match_names(pretrained, parameters, lambda text: None) if parameters else {}
+        return cls(str(path.resolve()), fingerprint(pretrained, sources), sources)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"path": self.path, "fingerprint": self.fingerprint, "sources": dict(self.sources)}
+
+
+def check_save_anchor(save_anchor: object, pretrained: Pretrained | None) -> None:
+    """Raise a ValueError about what cannot be referred to."""
+    check(isinstance(save_anchor, bool), "save_anchor", "True or False", save_anchor)
+    if not save_anchor and path_of(pretrained) is None:
+        kind = type(pretrained).__name__
+        raise ValueError(f"`save_anchor` = False needs the path of a file as `pretrained`, found {kind}.")
+
+
+def fingerprint(tensors: Mapping[str, Tensor], sources: Mapping[str, str]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the tensors that are sources of anchors."""
+    found = hashlib.sha256()
+    for source in sorted(set(sources.values())):
+        tensor = tensors[source].detach().cpu().contiguous()
+        found.update(f"{source} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def named(state: Mapping[str, Any]) -> AnchorFile | None:
+    """The file that a state dict names; None if it holds its anchors."""
+    return AnchorFile(**state["file"]) if "file" in state else None
+
+
+def moved(file: AnchorFile | None, path: Path | None) -> AnchorFile | None:
+    """The file at its new place, if it has one."""
+    return file if file is None or path is None else replace(file, path=str(path.resolve()))
+
+
+def put_back(
+    state: Mapping[str, Any], path: Path | None = None, given: Mapping[str, Tensor] | None = None
+) -> Mapping[str, Any]:
+    """A state dict that holds its anchors, read from the file that it names.
+
+    Args:
+        state: As `lightning_tpgm.constraint.Constraint.state_dict` gave it.
+        path: Where the file is now; None: where it was.
+        given: What is in it, if it has been read.
+
+    Raises:
+        ValueError: If it is not there, or holds other tensors.
+    """
+    file = named(state)
+    if file is None:
+        return state
+    where = str(file.path if path is None else path)
+    try:
+        tensors = read_pretrained(where) if given is None else given
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"The checkpoint has its anchors in {where!r} (`save_anchor` = False), and there is no such file. Pass the"
+            " file's new place as `pretrained`."
+        ) from error
+    missing = sorted(set(file.sources.values()) - set(tensors))
+    if missing or fingerprint(tensors, file.sources) != file.fingerprint:
+        raise ValueError(
+            f"The checkpoint has its anchors in {where!r} (`save_anchor` = False), and that file has changed"
+            f" since{f': it lacks {missing[0]!r}' if missing else ''}. Pass the file that the first run started from as"
+            " `pretrained`."
+        )
+    values = {place: {**state[place], **_values(state[place], file, tensors)} for place in _PLACES}
+    return {**{key: value for key, value in state.items() if key != "file"}, **values}
+
+
+def _values(place: Mapping[str, Any], file: AnchorFile, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[file.sources[name]] for name, value in place.items() if isinstance(value, str)}

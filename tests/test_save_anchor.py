@@ -1,0 +1,155 @@
+"""Checkpoints that name the file of the anchors instead of holding them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_tpgm import FTPCallback, TPGMCallback, WiSEFTCallback, constrain
+from lightning_tpgm.methods import FTP
+from lightning_tpgm.references import fingerprint
+from properties import assert_same
+from test_resume import EPOCHS, by_save_checkpoint, resumable
+from toys import quiet_trainer, toy
+
+METHODS = {"TPGM": TPGMCallback, "FTP": FTPCallback, "WiSE-FT": WiSEFTCallback}
+
+
+def pretrained_file(folder: Path) -> Path:
+    """Lightning's kind of checkpoint, with a prefix on all names."""
+    state = {f"net.{name}": value for name, value in toy(5).state_dict().items()}
+    torch.save({"state_dict": state}, folder / "pretrained.ckpt")
+    return folder / "pretrained.ckpt"
+
+
+def run(folder: Path, callback: Any, *others: Any, resume: Path | None = None, **options: Any) -> dict[str, Any]:
+    """What a run ends with."""
+    torch.manual_seed(7)
+    module = resumable(0)
+    trainer = quiet_trainer(callback, *others, **{"max_epochs": EPOCHS, **options})
+    trainer.fit(module, ckpt_path=resume)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
+    return {"weights": saved["state_dict"], "callback": saved["callbacks"][callback.state_key]}
+
+
+def first_run(folder: Path, make: Any) -> tuple[Path, Path]:
+    """The file of the anchors, and a checkpoint that names it."""
+    file = pretrained_file(folder)
+    return file, by_save_checkpoint(lambda: make(pretrained=file, save_anchor=False), folder)
+
+
+def state_in(checkpoint: Path) -> dict[str, Any]:
+    (state,) = torch.load(checkpoint, weights_only=True)["callbacks"].values()
+    return state
+
+
+@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("moves", [False, True])
+def test_exact_resume(make: Any, moves: bool, tmp_path: Path) -> None:
+    file, checkpoint = first_run(tmp_path, make)
+    expected = run(tmp_path, make(pretrained=file))
+    state = state_in(checkpoint)
+    assert state["anchor"]
+    assert all(isinstance(value, str) for value in state["anchor"].values())
+    place = file.rename(tmp_path / "elsewhere.ckpt") if moves else file
+    found = run(tmp_path, make(pretrained=place, save_anchor=False), resume=checkpoint)
+    assert found["callback"].pop("file")["path"] == str(place)
+    found["callback"]["anchor"] = expected["callback"]["anchor"]  # only their names are there
+    assert_same(found, expected)
+
+
+def test_resuming_needs_no_argument_where_the_file_is_in_place(tmp_path: Path) -> None:
+    """And checkpoints hold the anchors again, unless `save_anchor` says otherwise."""
+    file, checkpoint = first_run(tmp_path, TPGMCallback)
+    assert_same(run(tmp_path, TPGMCallback(), resume=checkpoint), run(tmp_path, TPGMCallback(pretrained=file)))
+
+
+def change(file: Path) -> None:
+    content = torch.load(file, weights_only=True)
+    next(iter(content["state_dict"].values())).view(-1)[0] += 1e-3
+    torch.save(content, file)
+
+
+def lose(file: Path) -> None:
+    content = torch.load(file, weights_only=True)
+    content["state_dict"].popitem()
+    torch.save(content, file)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (Path.unlink, r"there is no such file\. Pass the file's new place as `pretrained`"),
+        (change, r"has changed since\. Pass the file that the first run started from"),
+        (lose, r"has changed since: it lacks '.*'\. Pass the file"),
+    ],
+)
+def test_clear_failure_of_another_file(spoil: Any, message: str, tmp_path: Path) -> None:
+    file, checkpoint = first_run(tmp_path, TPGMCallback)
+    spoil(file)
+    with pytest.raises(MisconfigurationException, match=message):
+        run(tmp_path, TPGMCallback(), resume=checkpoint)
+
+
+@pytest.mark.parametrize("pretrained", [None, {}, nn.Linear(2, 2)])
+def test_clear_failure_without_a_file(pretrained: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="`save_anchor` = False needs the path of a file"):
+        TPGMCallback(pretrained=pretrained, save_anchor=False)
+
+
+def test_frozen_layers_wait_by_reference(tmp_path: Path) -> None:
+    """A layer that is frozen when the checkpoint is written thaws after it, around the file's weights."""
+    file = pretrained_file(tmp_path)
+
+    class Freeze(pl.Callback):
+        def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+            pl_module.head.requires_grad_(False)
+
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            pl_module.head.requires_grad_(trainer.current_epoch > 0)
+
+    run(tmp_path, TPGMCallback(pretrained=file, save_anchor=False), Freeze(), max_epochs=1)
+    checkpoint = (tmp_path / "last.ckpt").rename(tmp_path / "first.ckpt")
+    assert isinstance(state_in(checkpoint)["waiting"]["head.weight"], str)
+    callback = TPGMCallback()
+    run(tmp_path, callback, Freeze(), resume=checkpoint)
+    assert torch.equal(callback.anchor["head.weight"], toy(5).head.weight)
+
+
+def test_a_checkpoint_is_hardly_larger_than_a_plain_one(tmp_path: Path) -> None:
+    """In a plain loop, before the first step: FTP remembers the last weights after it."""
+    model = nn.Sequential(nn.Linear(500, 500), nn.Linear(500, 500))
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sizes = []
+    for save_anchor in (True, False):
+        constraint = constrain(model, FTP(), optimizer, pretrained=tmp_path / "w.pt", save_anchor=save_anchor)
+        torch.save(constraint.state_dict(), tmp_path / "state.pt")
+        sizes.append((tmp_path / "state.pt").stat().st_size)
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        constraint.load_state_dict(state)
+        assert_same(constraint.anchor, dict(model.state_dict()))
+        constraint.remove()
+    assert sizes[0] > 2_000_000
+    assert sizes[1] < 20_000
+
+
+def test_the_fingerprint_is_of_all_there_is() -> None:
+    tensors = {"a": torch.zeros(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+    sources = {"x": "a", "y": "b"}
+    same = fingerprint({"b": tensors["b"].clone(), "a": tensors["a"].t().contiguous().t(), "c": torch.ones(1)}, sources)
+    assert fingerprint(tensors, sources) == same
+    others = [
+        {**tensors, "a": tensors["a"].view(3, 2)},
+        {**tensors, "a": tensors["a"].int()},
+        {**tensors, "b": tensors["b"] * 2},
+    ]
+    assert len({same, *(fingerprint(other, sources) for other in others)}) == 4
+    assert fingerprint(tensors, {"x": "a"}) != same
