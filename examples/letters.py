@@ -3,7 +3,7 @@
     python examples/letters.py
 
 Plain fine-tuning forgets the other fonts. One line, `TPGMCallback()`, keeps more of them: nothing is tuned. The fonts
-come with matplotlib. It prints accuracy at three learning rates, means of five seeds: 15 minutes on two cores.
+come with matplotlib. It prints accuracy at three learning rates, means of five seeds: 10 minutes on two cores.
 """
 
 from __future__ import annotations
