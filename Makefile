@@ -11,7 +11,7 @@ PYTEST_TWICE := -n 2 --dist loadgroup
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo benchmark benchmark-quick bench test lint tests slow package release docs demo-quick oldest compat env clean distclean
+.PHONY: help demo benchmark benchmark-quick bench test lint tests slow package release docs notebooks demo-quick oldest compat env clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ release: package  ## build and check a release, print what would be uploaded; fa
 # Not --quiet: it would keep warnings from being counted.
 docs: $(VENV)/.installed-dev  ## the site, into site/; a warning is an error
 	$(VENV)/bin/mkdocs build --strict
+
+notebooks: $(VENV)/.installed-dev  ## execute the sources of the notebooks, and write the .ipynb with their outputs
+	$(VENV)/bin/python examples/notebooks/write.py
 
 demo-quick: $(VENV)/.installed-dev  ## the demo at its smallest: that it runs, not what it finds
 	$(VENV)/bin/python examples/digits/demo.py --seeds 1 --epochs 1 --output demo_output/quick
