@@ -78,7 +78,7 @@ demo-quick: $(VENV)/.installed-dev  ## the demo at its smallest: that it runs, n
 oldest: $(VENV_OLDEST)/.installed  ## the tests against the oldest supported lightning
 	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/pytest $(PYTEST_TWICE) -m "not slow" $(PYTEST_ARGS)
 
-compat: $(VENV_COMPAT)/.installed  ## modules of other projects, and the example with a transformer
+compat: $(VENV_COMPAT)/.installed  ## modules of other projects, the recipes, and the example with a transformer
 	$(VENV_COMPAT)/bin/pytest compat
 	$(VENV_COMPAT)/bin/pytest tests/test_examples.py -k text_classifier
 	$(VENV_COMPAT)/bin/pytest tests/test_paper_examples.py
@@ -117,11 +117,11 @@ $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt lightning_tpgm/
 
 # What imports torchvision lies in a folder that compat/conftest.py alone looks into: the usual build of torchvision is
 # made for a torch with CUDA and does not load beside any other, and torchmetrics imports it wherever it is installed.
-# pyproject.toml names what these four need.
+# pyproject.toml names what these five need.
 $(VENV_COMPAT)/.installed: pyproject.toml constraints-compat.txt lightning_tpgm/__init__.py | $(VENV_COMPAT)/bin/python
 	$(VENV_COMPAT)/bin/python -m pip install --quiet -c constraints-compat.txt -e '.[compat]'
 	$(VENV_COMPAT)/bin/python -m pip install --quiet -c constraints-compat.txt --no-deps --upgrade \
-		--target $(VENV_COMPAT)/vision anomalib lightly timm torchvision
+		--target $(VENV_COMPAT)/vision anomalib lightly segmentation_models_pytorch timm torchvision
 	touch $@
 
 # The dependencies without any extra; the wheel itself follows in `package`.

