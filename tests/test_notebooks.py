@@ -77,5 +77,5 @@ def test_it_runs_and_gives_what_it_shows(source: Path, monkeypatch: pytest.Monke
     assert before.keys() == now.keys()
     for method in steady[source.stem]:
         assert now[method] == pytest.approx(before[method], abs=2)  # percent
-    plain, robust = ("plain", "TPGM") if source.stem == "compare" else ("fine-tuned", "the same")
+    plain, robust = ("plain", "TPGM") if source.stem == "compare" else ("fine-tuned", "with a tolerance")
     assert now[robust][1] > now[plain][1] + 1  # what the text promises

@@ -104,7 +104,7 @@ model = load(output / "finetuned.ckpt")
 sweep = wise_ft_sweep(
     trainer, model, str(CHECKPOINT), monitor="val_acc", tolerance="one_standard_error", datamodule=digits
 )
-note(f"the same, alpha {sweep.chosen_alpha}", model)
+note(f"with a tolerance, alpha {sweep.chosen_alpha}", model)
 figure, ax = sweep.plot()
 
 # %% [markdown]
@@ -163,7 +163,7 @@ model = load(output / "projected.ckpt")
 sweep = wise_ft_sweep(
     trainer, model, str(CHECKPOINT), monitor="val_acc", tolerance="one_standard_error", datamodule=digits
 )
-note(f"projected, alpha {sweep.chosen_alpha}", model)
+note(f"both, alpha {sweep.chosen_alpha}", model)
 trainer.save_checkpoint(output / "robust.ckpt")
 
 # %% [markdown]

@@ -26,7 +26,8 @@ class Classifier(LightningModule):
         super().__init__()
         # yours: AutoModelForSequenceClassification.from_pretrained("bert-base-uncased", num_labels=2)
         model = AutoModelForSequenceClassification.from_config(TINY)
-        self.model = get_peft_model(model, LoraConfig(TaskType.SEQ_CLS, r=4, target_modules=["query", "value"]))
+        adapters = LoraConfig(task_type=TaskType.SEQ_CLS, r=4, target_modules=["query", "value"])
+        self.model = get_peft_model(model, adapters)
 
     def training_step(self, batch, batch_idx):
         """Of what a tokenizer gives, and labels."""
