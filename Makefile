@@ -11,7 +11,7 @@ PYTEST_TWICE := -n 2 --dist loadgroup
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo benchmark benchmark-quick bench test lint tests slow package release docs demo-quick oldest compat env clean distclean
+.PHONY: help demo benchmark benchmark-quick bench test lint tests slow package release docs notebooks demo-quick oldest compat env clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST)
@@ -69,13 +69,16 @@ release: package  ## build and check a release, print what would be uploaded; fa
 docs: $(VENV)/.installed-dev  ## the site, into site/; a warning is an error
 	$(VENV)/bin/mkdocs build --strict
 
+notebooks: $(VENV)/.installed-dev  ## execute the sources of the notebooks, and write the .ipynb with their outputs
+	$(VENV)/bin/python examples/notebooks/write.py
+
 demo-quick: $(VENV)/.installed-dev  ## the demo at its smallest: that it runs, not what it finds
 	$(VENV)/bin/python examples/digits/demo.py --seeds 1 --epochs 1 --output demo_output/quick
 
 oldest: $(VENV_OLDEST)/.installed  ## the tests against the oldest supported lightning
 	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/pytest $(PYTEST_TWICE) -m "not slow" $(PYTEST_ARGS)
 
-compat: $(VENV_COMPAT)/.installed  ## modules of other projects, and the example with a transformer
+compat: $(VENV_COMPAT)/.installed  ## modules of other projects, the recipes, and the example with a transformer
 	$(VENV_COMPAT)/bin/pytest compat
 	$(VENV_COMPAT)/bin/pytest tests/test_examples.py -k text_classifier
 	$(VENV_COMPAT)/bin/pytest tests/test_paper_examples.py
@@ -114,11 +117,11 @@ $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt lightning_tpgm/
 
 # What imports torchvision lies in a folder that compat/conftest.py alone looks into: the usual build of torchvision is
 # made for a torch with CUDA and does not load beside any other, and torchmetrics imports it wherever it is installed.
-# pyproject.toml names what these four need.
+# pyproject.toml names what these five need.
 $(VENV_COMPAT)/.installed: pyproject.toml constraints-compat.txt lightning_tpgm/__init__.py | $(VENV_COMPAT)/bin/python
 	$(VENV_COMPAT)/bin/python -m pip install --quiet -c constraints-compat.txt -e '.[compat]'
 	$(VENV_COMPAT)/bin/python -m pip install --quiet -c constraints-compat.txt --no-deps --upgrade \
-		--target $(VENV_COMPAT)/vision anomalib lightly timm torchvision
+		--target $(VENV_COMPAT)/vision anomalib lightly segmentation_models_pytorch timm torchvision
 	touch $@
 
 # The dependencies without any extra; the wheel itself follows in `package`.

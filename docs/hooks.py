@@ -1,7 +1,9 @@
-"""What the site needs beyond docs/: other pages of the repository, files that are linked to, docstrings as Markdown."""
+"""What the site needs beyond docs/: other pages of the repository, notebooks, linked files, docstrings as Markdown."""
 
 from __future__ import annotations
 
+import base64
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -23,6 +25,10 @@ OUTER = (
     "examples/overhead/README.md",
 )
 """Pages that lie outside of docs/: one copy in the repository, one in the site, at the same path from its root."""
+NOTEBOOKS = ("examples/notebooks/compare.ipynb", "examples/notebooks/after.ipynb")
+"""Each is a page with its outputs, as they are in the file, and is there to download."""
+RECIPE = re.compile(r"^\[(examples/recipes/\w+\.py)\]\(\.\./\1\)$", flags=re.MULTILINE)
+"""A line that is a link to a recipe, and nothing else: the site shows the file below it."""
 LINK = re.compile(r"\[([^\]]*)\]\(([^):#]+)(#[^)]*)?\)")
 
 
@@ -31,21 +37,50 @@ def targets(source: str, text: str) -> set[str]:
     return {posixpath.normpath(posixpath.join(posixpath.dirname(source), path)) for _, path, _ in LINK.findall(text)}
 
 
+def page_of(notebook: str) -> tuple[str, dict[str, bytes]]:
+    """A notebook's cells, printed text and figures as Markdown, and the figures by their name."""
+    name = posixpath.basename(notebook).removesuffix(".ipynb")
+    parts: list[str] = []
+    figures: dict[str, bytes] = {}
+    for cell in json.loads((ROOT / notebook).read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source.replace(".ipynb)", ".md)"))
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            if output["output_type"] == "stream":
+                parts.append(f"```text\n{''.join(output['text'])}```")
+            else:
+                figure = f"{name}_{len(figures) + 1}.png"
+                figures[figure] = base64.b64decode(output["data"]["image/png"])
+                parts.append(f"![What the cell above draws]({figure})")
+    title, *rest = parts[0].partition("\n")
+    parts[0] = f"{title}\n\n[Download the notebook]({name}.ipynb)\n{''.join(rest)}"
+    return "\n\n".join(parts) + "\n", figures
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the outer pages, and what pages link to outside of docs/."""
+    """Add the outer pages, the notebooks, and what pages link to outside of docs/."""
     linked = {path for file in files.documentation_pages() for path in targets("docs/page.md", file.content_string)}
     for source in OUTER:
         linked |= {path for path in targets(source, (ROOT / source).read_text()) if not path.endswith(".md")}
     inner = {path for path in linked if path.startswith("docs/") or not (ROOT / path).is_file()}
-    for path in sorted({*OUTER, *linked} - inner):
+    for notebook in NOTEBOOKS:
+        page, figures = page_of(notebook)
+        files.append(File.generated(config, notebook.replace(".ipynb", ".md"), content=page))
+        for name, figure in figures.items():
+            files.append(File.generated(config, posixpath.join(posixpath.dirname(notebook), name), content=figure))
+    for path in sorted({*OUTER, *NOTEBOOKS, *linked} - inner):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links at the copies; an outer page's link to what the site lacks becomes plain text."""
+    """Show recipes. Point links at the copies; an outer page's link to what the site lacks becomes plain text."""
     source = page.file.src_uri
     if source not in OUTER:
+        markdown = RECIPE.sub(lambda found: f"{found[0]}\n\n```python\n{(ROOT / found[1]).read_text()}```", markdown)
         return markdown.replace("](../", "](")
     if "/" in source:  # tables name every method: what they are is found first
         page.meta["search"] = {"boost": 0.3}

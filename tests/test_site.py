@@ -1,0 +1,46 @@
+"""What docs/hooks.py adds to the pages of the site. `make docs` checks their links."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("mkdocs", reason="the docs extra makes the site")
+pytest.importorskip("griffe")
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "docs"))
+
+import hooks  # noqa: E402
+
+
+def test_recipes_are_shown_below_their_names() -> None:
+    page: Any = SimpleNamespace(file=SimpleNamespace(src_uri="libraries.md"))
+    nothing: Any = None
+    shown = hooks.on_page_markdown((ROOT / "docs" / "libraries.md").read_text(), page, nothing, nothing)
+    recipes = list(ROOT.glob("examples/recipes/*.py"))
+    assert len(recipes) >= 6
+    for path in recipes:
+        name = f"examples/recipes/{path.name}"
+        assert f"[{name}]({name})\n\n```python\n{path.read_text()}```\n" in shown
+
+
+@pytest.mark.parametrize("notebook", hooks.NOTEBOOKS)
+def test_a_notebook_is_a_page_with_its_figures(notebook: str) -> None:
+    page, figures = hooks.page_of(notebook)
+    name = Path(notebook).stem
+    assert page.startswith("# ")
+    assert f"[Download the notebook]({name}.ipynb)" in page
+    assert len(figures) >= 4
+    assert all(page.count(f"]({figure})") == 1 and content[1:4] == b"PNG" for figure, content in figures.items())
+    assert re.search(r"```text\n[^`]*^pretrained +.*\d\d\.\d", page, flags=re.MULTILINE)  # what cells print
+    assert ".ipynb)" not in page.replace(f"]({name}.ipynb)", "")  # links lead to pages of the site
+
+
+def test_all_notebooks_are_pages() -> None:
+    assert {str(path.relative_to(ROOT)) for path in ROOT.glob("examples/notebooks/*.ipynb")} == set(hooks.NOTEBOOKS)
