@@ -22,8 +22,8 @@ class Anchors:
     *Waiting*: it is frozen, and its anchor is what it will hold when it thaws, or a value that is kept for it.
     *Joined*: it has thawed once; it has an anchor and is constrained.
 
-    All of them come from one origin, set by one of `begin`, `begin_from` and `restore`; `go_on` keeps what there is for
-    another fit of the same model, `join` lets those join that have thawed, `release` lets go of the model.
+    All of them come from one origin, set by one of `begin`, `begin_from` and `restore`. `go_on` keeps what there is for
+    another fit of the same model. `join` lets those join that have thawed. `release` lets go of the model.
 
     Args:
         device: ``"cpu"``: the anchors are kept in the host's memory; None: on the parameters' device.

@@ -67,7 +67,7 @@ class _Layer(NamedTuple):
 def fresh_layers(module: nn.Module, constrained: Mapping[str, Tensor]) -> FreshLayers | None:
     """The constrained layers that look freshly initialised, if they are few and most others look trained.
 
-    Linear, convolution and embedding layers of 256 entries and more are judged; smaller ones cannot be told, nor can
+    Linear, convolution and embedding layers of 256 entries and more are judged. Smaller ones cannot be told, nor can
     normal distributions without a bias of zero beside them. Adapters start at random, and at zero, by design: layers
     that are named so, and those beside a layer of zeros, are no evidence. Each process looks at its own part: nothing
     here is collective.

@@ -19,9 +19,9 @@ _ENOUGH = 256  # entries from which a uniform distribution can be recognised
 def never_trained(module: nn.Module) -> str | None:
     """What shows that a module holds its random initialisation; None if nothing does.
 
-    Only what training never leaves behind counts: every normalisation layer with weights of exactly 1 and biases of
-    exactly 0; or, in a module of nothing but linear and convolution layers, weights that fill the interval of torch's
-    default initialisation, +- 1 / sqrt(fan_in), and never leave it. A layer that looks trained speaks against it.
+    Only what training never leaves behind counts. One sign is that every normalisation layer has weights of exactly 1
+    and biases of exactly 0. The other is for modules of linear and convolution layers alone: all weights fill the
+    interval of torch's default initialisation, +- 1 / sqrt(fan_in). A layer that looks trained speaks against both.
     Where parameters are split over processes each looks at its own part: nothing here is collective.
     """
     norms = linear = entries = 0

@@ -109,8 +109,8 @@ def match_names(
 ) -> dict[str, str]:
     """Which pretrained tensor belongs to which parameter.
 
-    The pretrained names are taken as they are, or with one prefix (``model.``, ``backbone.``, ``module.`` or any other)
-    put before or taken from all of them: whichever lets most tensors find a parameter of their name and shape.
+    The pretrained names are taken as they are, or a prefix (``model.``, ``backbone.``, ``module.`` or any other) is put
+    before or taken from all of them. What lets most tensors find a parameter of their name and shape is taken.
 
     Args:
         pretrained: Tensors by name.

@@ -58,8 +58,8 @@ def safe_ratio(radius: Tensor, distance: Tensor, size: Tensor, roundoff: Tensor)
 def project(weight: Tensor, anchor: Tensor, ratio: Tensor, out: Tensor | None = None) -> Tensor:
     """W0 + r (W - W0), computed in float32 at least; a row with r = 1 is returned unchanged to the bit.
 
-    Each row is shrunk radially towards its anchor. For ``l2`` this is the Euclidean projection onto the ball; for
-    ``mars`` it is *not* the nearest point of the L1 ball: it keeps the direction of the row's deviation.
+    Each row is shrunk radially towards its anchor, and keeps the direction of its deviation. For ``l2`` this is the
+    Euclidean projection onto the ball. For ``mars`` it is *not* the nearest point of the L1 ball.
 
     Args:
         weight: W, any shape and floating dtype.
@@ -92,9 +92,10 @@ def is_coarse(dtype: torch.dtype) -> bool:
 def project_inside(weight: Tensor, anchor: Tensor, ratio: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
     """`project` for 16-bit dtypes, rounded so that no row is farther from its anchor than it would be unrounded.
 
-    Of two elements that are to move by half a step of the dtype, one moves and the other stays: an element is rounded
-    away from W0 where the fractions of steps of the row so far make a whole one. So a row keeps its length and its
-    direction, even if all its elements are to move by less than a step. What is too long by then is taken back.
+    Of two elements that are to move by half a step of the dtype, one moves and the other stays. The fractions of steps
+    are added up along the row, and where they make a whole one the element is rounded away from W0, else towards it. So
+    a row keeps its length, even if all its elements are to move by less than a step. What is too long by then is taken
+    back.
 
     Args:
         weight: W, shape (R, L), float16 or bfloat16.

@@ -18,7 +18,7 @@ OnStep = Callable[[Step], None]
 class Steps:
     """Calls functions around every step of some optimizers.
 
-    What counts is a call of ``optimizer.step``, hooked with torch's own hooks: this is right under gradient
+    What counts is a call of ``optimizer.step``, hooked with torch's own hooks. This is right under gradient
     accumulation, gradient scalers, several optimizers and steps by hand. A step that calls another one (of its base
     class, of an optimizer that it wraps) is one step.
 

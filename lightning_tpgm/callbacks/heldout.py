@@ -33,10 +33,10 @@ class HeldOutBatch(NamedTuple):
 class HeldOutBatches:
     """Draws batches from one or several loaders in turn, pass after pass.
 
-    Iterators are made when the first batch is drawn and again whenever a pass ends: with the iterator, or with the
-    loader's length if that is shorter, as in Lightning's own loops. Every draw seeds the global generators of torch,
-    numpy and python with ``seed`` + number of draws: a shuffling loader or a random transform then depends on nothing
-    but ``seed``, and a resumed run draws what an uninterrupted one would have drawn. Generators that a loader or its
+    Iterators are made when the first batch is drawn and again whenever a pass ends. It ends with the iterator, or with
+    the loader's length if that is shorter, as in Lightning's own loops. Every draw seeds the global generators of
+    torch, numpy and python with ``seed`` + number of draws. So a shuffling loader or a random transform depends on
+    ``seed`` alone, and a resumed run draws what an uninterrupted one would have drawn. Generators that a loader or its
     sampler brings along are seeded likewise, and put back after the draw. Call `draw` where the states of the global
     ones are isolated. A batch that is None is passed over, as in Lightning's training.
 

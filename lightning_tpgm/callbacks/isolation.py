@@ -23,14 +23,21 @@ _COSTLY = 5e-3  # seconds
 class Isolation:
     """Evaluates a module without leaving a trace, and remembers from one evaluation to the next what that takes.
 
-    Put back are: the generators of torch, numpy and python; the train / eval flag, buffers and attributes of every
-    module (numbers, tensors, arrays, containers at any depth, generators, and the attributes of objects that hang on a
-    module), and with them the states of metrics; parameters that the step itself changes, such as a teacher's; nothing
-    reaches `self.log` or the loggers. The parameters whose gradient is asked for are the caller's business.
+    Put back are
 
-    Not put back: what the step does to the outside world (files, printed text, its own threads), what is opaque
-    (objects of the standard library that are no containers, arrays in files, sparse tensors), and, of containers with
-    more than a thousand entries and of large arrays that the first evaluation left alone, all but what is appended.
+    - the generators of torch, numpy and python;
+    - the train / eval flag, the buffers and the attributes of every module, and with them the states of metrics.
+      Attributes are numbers, tensors, arrays, containers at any depth, generators, and those of objects among them;
+    - parameters that the step itself changes, such as a teacher's.
+
+    Nothing reaches `self.log` or the loggers. The parameters whose gradient is asked for are the caller's business.
+
+    Not put back are
+
+    - what the step does to the outside world: files, printed text, its own threads;
+    - what is opaque: objects of the standard library that are no containers, arrays in files, sparse tensors;
+    - containers of more than a thousand entries, and large arrays, if the first evaluation left them alone. Of these
+      only what is appended is taken off again.
     """
 
     def __init__(self) -> None:

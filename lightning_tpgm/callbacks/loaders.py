@@ -113,10 +113,10 @@ def rebuild_loader(
 ) -> Iterable[Any]:
     """A loader like the given one whose batches are this process's share, in an order that depends on ``seed`` alone.
 
-    Batch size, collate function and worker settings stay. A loader whose order is its own affair (an iterable data set,
-    a custom sampler or batch sampler, a DataLoader with an ``__iter__`` of its own, something that is no DataLoader) is
-    returned as it is: then every process draws from all of it. Of a CombinedLoader the parts are rebuilt, each in the
-    same order if they are equally long.
+    Batch size, collate function and worker settings stay. A loader whose order is its own affair is returned as it is,
+    and every process draws from all of it. Such are iterable data sets, custom samplers and batch samplers, DataLoaders
+    with an ``__iter__`` of their own, and whatever is no DataLoader. Of a CombinedLoader the parts are rebuilt, each in
+    the same order if they are equally long.
 
     Args:
         loader: Any iterable of batches.

@@ -55,11 +55,11 @@ class TPGMCallback(WithRadii, MethodCallback):
         loss: None for the module's ``training_step`` (evaluated without leaving a trace), ``"validation_step"``, or a
             callable (pl_module, batch) -> Tensor.
         eval_mode: Whether the held-out loss is evaluated in eval mode. False: in the modes that the module trains in,
-            for detectors, auxiliary heads and others whose ``training_step`` needs train mode; everything is put back.
-        when: ``"training"``: after every optimizer step. ``"fit_end"``: the fit is plain fine-tuning, and at its end
-            the radii are learned in ``radius_steps`` updates at once and the weights projected (the authors' recipe for
-            CLIP on ImageNet: ``norm="l2", radius_steps=200``). Checkpoints that were written during the fit hold the
-            fine-tuned weights; ``trainer.save_checkpoint`` after it saves the projected ones, and
+            for detectors, auxiliary heads and others whose ``training_step`` needs train mode. Everything is put back.
+        when: ``"training"``: after every optimizer step. ``"fit_end"``: the fit is plain fine-tuning. At its end the
+            radii are learned in ``radius_steps`` updates at once, and the weights projected. The authors' recipe for
+            CLIP on ImageNet is ``norm="l2", radius_steps=200``. Checkpoints that were written during the fit hold the
+            fine-tuned weights. ``trainer.save_checkpoint`` after it saves the projected ones, and
             `lightning_tpgm.project_checkpoint` projects one that exists.
         shared: The arguments of all callbacks, by keyword. The logs also have ``tpgm/heldout_loss``.
 

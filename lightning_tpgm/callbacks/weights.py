@@ -40,8 +40,8 @@ class Known:
 class Weights:
     """Puts tensors back after each evaluation, and learns in the first one which of them need a copy.
 
-    Small ones are copied. Of large ones the first evaluation shows which are written to, and these alone are copied
-    from then on; that the others stay as they are is checked by their version, which costs nothing.
+    Small ones are copied. Of large ones the first evaluation shows which are written to. These alone are copied from
+    then on. That the others stay as they are is checked by their version, which costs nothing.
     """
 
     def __init__(self) -> None:

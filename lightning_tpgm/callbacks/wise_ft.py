@@ -28,8 +28,9 @@ from lightning_tpgm.methods.method import check, is_number
 class WiSEFTCallback(MethodCallback):
     """Replaces the weights at the end of the fit by W0 + alpha (W - W0), one alpha for all tensors.
 
-    Floating-point buffers (the running statistics of BatchNorm) are interpolated with the same alpha, integer buffers
-    keep their fine-tuned value. alpha = 0 gives the pretrained, alpha = 1 the fine-tuned tensors, to the bit.
+    Floating-point buffers (the running statistics of BatchNorm) are interpolated with the same alpha. Integer buffers
+    keep their fine-tuned value. At alpha = 0 the tensors are the pretrained ones, at alpha = 1 the fine-tuned, to the
+    bit.
     Parameters without a pretrained value (a new head) keep their fine-tuned one. Checkpoints that were written during
     the fit hold the fine-tuned weights; ``trainer.save_checkpoint`` after it saves the interpolated ones.
 

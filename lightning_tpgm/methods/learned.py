@@ -18,9 +18,9 @@ from lightning_tpgm.constrained import Constrained
 class LearnedScalars:
     """Values and Adam state, as vectors of one entry per constrained tensor.
 
-    The Adam update equals `torch.optim.Adam` (a test holds them together). It is written out because each scalar counts
-    its own updates (tensors may join during training), and because an update must be skippable by a condition that
-    lives on the device: reading it back would stall a GPU on every step.
+    The Adam update equals `torch.optim.Adam` (a test holds them together). It is written out for two reasons. Each
+    scalar counts its own updates, since tensors may join during training. And a condition that lives on the device must
+    be able to skip an update: to read it back would stall a GPU on every step.
 
     Args:
         lr: Learning rate.

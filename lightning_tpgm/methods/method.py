@@ -25,7 +25,7 @@ class Step:
     def moved(self, tensors: Constrained) -> Tensor:
         """Which of its tensors it moved, booleans of shape (T,): all of them, or none.
 
-        A fused optimizer that steps under a gradient scaler holds a flag meanwhile, and may skip the step; to read the
+        A fused optimizer that steps under a gradient scaler holds a flag meanwhile, and may skip the step. To read the
         flag here would make a GPU wait.
         """
         moved = tensors.vector([True for _ in tensors.names])

@@ -28,8 +28,8 @@ class Radii(LearnedScalars):
     Attributes:
         reach: The largest row distance of each tensor before its last projection, shape (T,).
         distance: The same after it.
-        pace: How far an optimizer step carries each tensor: a running mean of ``|n - n'|``, where n is the largest row
-            distance after the step, and n' that after the last projection; not corrected for its start at zero.
+        pace: How far an optimizer step carries each tensor: a running mean of ``|n - n'|``, not corrected for its start
+            at zero. There n is the largest row distance after the step, and n' that after the last projection.
         followed: How many steps that is the mean of, shape (T,).
 
     Raises:
