@@ -121,9 +121,10 @@ def project_inside(weight: Tensor, anchor: Tensor, ratio: Tensor, norm: Norm, ou
     high = deviation(upper, anchor).abs_()
     if norm == "l2":  # what adds up over a row
         target, low, high = target.square_(), low.square_(), high.square_()
-    total, step = (target - low).cumsum(dim=1), (high - low).clamp_(min=torch.finfo(low.dtype).tiny)
-    before = torch.nn.functional.pad(total[:, :-1], (1, 0))  # not total - fraction, which is another after rounding
-    up = (total.div_(step).floor_() > before.div_(step).floor_()) & (upper != lower)
+    total, step = (target - low).cumsum(dim=1), high - low  # a step of 0 leaves inf > inf, or nan > nan: not up
+    before = total.roll(1, dims=1)  # not total - fraction, which is another after rounding
+    before[:, :1] = 0
+    up = total.div_(step).floor_() > before.div_(step).floor_()
     excess = torch.where(up, high, low).sub_(target).sum(dim=1, keepdim=True)
     gain = (high - low).mul_(up)
     up &= gain.cumsum(dim=1).sub_(gain) >= excess

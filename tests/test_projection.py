@@ -161,6 +161,21 @@ def test_rounding_to_16_bits_lengthens_no_row(case: tuple[Tensor, Tensor, Tensor
     assert_unchanged(lambda w: project_inside(w, anchor, torch.ones_like(ratio), norm), weight)
 
 
+@pytest.mark.parametrize(("norm", "steps"), [("mars", 2), ("l2", 1)])
+def test_a_row_of_16_bits_that_fits_exactly_loses_no_step(norm: Any, steps: int) -> None:
+    anchor = torch.ones(1, 4, dtype=torch.bfloat16)
+    projected = project_inside(anchor + 2**-7, anchor, torch.tensor([[0.5]]), norm)
+    assert ((projected - anchor) * 2**7).sum() == steps
+
+
+@pytest.mark.parametrize("norm", ["mars", "l2"])
+@pytest.mark.parametrize("shape", [(1, 0), (3, 0), (0, 4)])
+def test_empty_parts_of_16_bits(shape: tuple[int, int], norm: Any) -> None:
+    """A process may have no element of a tensor that is split."""
+    empty = torch.empty(shape, dtype=torch.bfloat16)
+    assert project_inside(empty, empty, torch.full((shape[0], 1), 0.5), norm, out=empty).shape == shape
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm", ["mars", "l2"])
 def test_long_rows_of_16_bits_are_not_pinned(norm: Any, dtype: torch.dtype) -> None:
