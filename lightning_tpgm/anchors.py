@@ -146,6 +146,16 @@ class Anchors:
             self.parameters[name] = self._frozen.pop(name)
         return list(new)
 
+    def retake(self, buffers: bool) -> None:
+        """The parameters as they are now. Nobody has stepped yet: what has changed since `begin` was loaded.
+
+        Args:
+            buffers: Whether theirs as well: not after a forward pass, which changes them.
+        """
+        for name, parameter in self.parameters.items():
+            if buffers or isinstance(parameter, nn.Parameter):
+                local(self.joined[name]).copy_(local(parameter.detach()))
+
     def own(self) -> None:
         """Copy what is kept for those that wait: where it came from may go on training."""
         self._kept = {name: None if value is None else value.clone() for name, value in self._kept.items()}
@@ -182,25 +192,6 @@ class Anchors:
                 " their anchors are split with them, and stay beside them. Leave it out."
             )
         return capture(value, parameter, self.device)
-
-
-class Untouched:
-    """Tells whether the weights that fresh anchors were taken from have been changed since.
-
-    By the tensors' own counts of changes and their addresses: no value is compared, so that no device has to wait.
-    """
-
-    def __init__(self, anchors: Anchors) -> None:
-        self._parameters = list(anchors.parameters.values()) if anchors.origin == "fresh" else []
-        self._seen = self._now()
-
-    def were_replaced(self) -> bool:
-        """Whether any of them was."""
-        return self._now() != self._seen
-
-    def _now(self) -> list[tuple[int, int]]:
-        parts = [local(parameter.detach()) for parameter in self._parameters]
-        return [(part._version, part.data_ptr()) for part in parts]
 
 
 def capture(value: Tensor, parameter: Tensor, device: AnchorDevice = None) -> Tensor:

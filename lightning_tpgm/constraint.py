@@ -121,6 +121,12 @@ class Constraint(Shown):
     def _report(self, text: str) -> None:
         self._tell(f"{self.title}: {text}")
 
+    @torch.no_grad()
+    def retake(self, buffers: bool = False) -> None:
+        """Take the anchors anew, before the first step: weights may have been loaded since `begin`."""
+        self.anchors.retake(buffers)
+        self._arrange()
+
     def join(self) -> bool:
         """Constrain the parameters that have thawed; says whether there are any."""
         names = self.anchors.join()

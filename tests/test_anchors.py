@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_tpgm.anchors import Anchors, Untouched
+from lightning_tpgm.anchors import Anchors
 from properties import assert_same
 
 Candidates = dict[str, Tensor]
@@ -519,49 +519,3 @@ def test_device_of_the_anchors(device: Any) -> None:
     assert anchors.joined["a"].device.type == ("meta" if device is None else "cpu")
     if device == "cpu":
         assert_same(anchors.joined["a"], torch.ones(2, 3))
-
-
-# --- were fresh anchors taken too early?
-
-
-def in_place(parameter: nn.Parameter) -> None:
-    move({"a": parameter})
-
-
-def by_another_memory(parameter: nn.Parameter) -> None:
-    parameter.data = parameter.data + 1
-
-
-def by_loading(parameter: nn.Parameter) -> None:
-    model = nn.Module()
-    model.register_parameter("a", parameter)
-    model.load_state_dict({"a": torch.zeros(2, 3)})
-
-
-@pytest.mark.parametrize("change", [in_place, by_another_memory, by_loading])
-def test_untouched_sees_weights_that_were_replaced(change: Any) -> None:
-    found = candidates(a=True, b=True)
-    anchors = Anchors()
-    anchors.begin(found)
-    anchors.join()
-    untouched = Untouched(anchors)
-    assert not untouched.were_replaced()
-    found["b"].detach().clone().zero_()
-    assert not untouched.were_replaced()
-    change(found["a"])
-    assert untouched.were_replaced()
-
-
-@pytest.mark.parametrize("origin", ["pretrained", "restored"])
-def test_anchors_that_do_not_come_from_the_weights_are_never_too_early(origin: str) -> None:
-    found = candidates(a=True)
-    anchors = Anchors()
-    if origin == "pretrained":
-        anchors.begin_from(shifted(found), found, silent)
-    else:
-        anchors.restore({"anchor": shifted(found), "waiting": {}}, found)
-    anchors.join()
-    untouched = Untouched(anchors)
-    move(found)
-    assert anchors.origin == origin
-    assert not untouched.were_replaced()

@@ -41,21 +41,64 @@ def fit(module: pl.LightningModule, *callbacks: pl.Callback, **options: Any) -> 
 # --- weights that come after the anchors were taken
 
 
-class LoadsLate(Toy):
-    """Loads its pretrained weights in its own on_train_start, which runs after those of callbacks."""
+def load(module: Toy) -> None:
+    module.load_state_dict(toy(5).state_dict())
 
-    def on_train_start(self) -> None:
-        self.load_state_dict(toy(5).state_dict())
+
+def load_by_data(module: Toy) -> None:
+    """Neither the parameters' versions nor their addresses show it."""
+    pairs = zip(module.state_dict().values(), toy(5).state_dict().values(), strict=True)
+    for mine, theirs in pairs:
+        mine.data.copy_(theirs)
+
+
+HOOKS = ("on_train_start", "on_train_epoch_start", "on_train_batch_start", "training_step")
 
 
 def test_weights_loaded_in_the_modules_on_train_start_are_the_anchors(method: Method) -> None:
-    module, callback = LoadsLate(), method.make()
+    assert_late_weights_are_the_anchors("on_train_start", load, method.make)
+
+
+@pytest.mark.parametrize("how", [load, load_by_data])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_weights_loaded_in_the_modules_own_hooks_are_the_anchors(hook: str, how: Any) -> None:
+    assert_late_weights_are_the_anchors(hook, how, TPGMCallback)
+
+
+def assert_late_weights_are_the_anchors(hook: str, how: Any, make: Any) -> None:
+    """The module's hooks run after those of callbacks."""
+
+    class LoadsLate(Toy):
+        loaded = False
+
+    def late(self: Any, *args: Any) -> Any:
+        if not self.loaded:
+            self.loaded = True
+            how(self)
+        return getattr(super(LoadsLate, self), hook)(*args)
+
+    setattr(LoadsLate, hook, late)
+    module, callback, expected = LoadsLate(), make(), toy(5)
     fit(module, callback)
     start = toy(5).state_dict()
     assert_same(callback.anchor, {name: start[name] for name in callback.anchor})
-    expected = toy(5)
-    fit(expected, method.make())
+    fit(expected, make())
     assert_same(module.state_dict(), expected.state_dict())
+
+
+def test_a_second_fit_keeps_the_anchors_whatever_the_module_writes_then() -> None:
+    class Writes(Toy):
+        def on_train_start(self) -> None:
+            with torch.no_grad():
+                self.head.bias.zero_()
+
+    module, callback = Writes(), FTPCallback()
+    trainer = quiet_trainer(callback)
+    trainer.fit(module, train_loader(), val_loader())
+    first = {name: value.clone() for name, value in callback.anchor.items()}
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, train_loader(), val_loader())
+    assert_same(callback.anchor, first)
 
 
 # --- optimizers

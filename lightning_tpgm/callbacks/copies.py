@@ -16,7 +16,7 @@ _RUNTIME = {"log", "log_dict"} | {
     "_fitted",
     "_announced",
     "_saw_batch",
-    "_untouched",
+    "_retakes",
 }
 
 

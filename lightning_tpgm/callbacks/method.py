@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_tpgm.anchors import AnchorDevice, Untouched
+from lightning_tpgm.anchors import AnchorDevice
 from lightning_tpgm.callbacks.copies import PlainCopies
 from lightning_tpgm.callbacks.framework import (
     Callback,
@@ -98,7 +98,7 @@ class MethodCallback(PlainCopies, Callback):
         self._fitted: Callable[[], pl.LightningModule | None] = lambda: None  # a weak reference: the last fit's module
         self._announced: Optimizer | None = None  # whose gradients Lightning said were there
         self._saw_batch = False  # in this epoch
-        self._untouched: Untouched | None = None  # anchors, until the first batch
+        self._retakes = False  # the anchors, at the first step
 
     @override
     def __repr__(self) -> str:
@@ -158,6 +158,7 @@ class MethodCallback(PlainCopies, Callback):
         self._constraint.before(step)
 
     def _after_step(self, step: Step) -> None:
+        self._retakes = False
         if self._constraint.method.changes_gradients:
             check_step_was_seen(step.optimizer, self._announced, type(self).__name__)
             self._announced = None
@@ -168,10 +169,9 @@ class MethodCallback(PlainCopies, Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Follows optimizers that were replaced, and takes in parameters that were unfrozen, since the last batch."""
+        if self._retakes and not self._saw_batch:
+            self._constraint.retake(buffers=True)
         self._saw_batch = True
-        if self._untouched is not None and self._untouched.were_replaced():  # by the module's own on_train_start, say
-            self._begin(trainer, pl_module, anew=True)
-        self._untouched = None
         self._follow(trainer)
         self._join()
 
@@ -181,6 +181,11 @@ class MethodCallback(PlainCopies, Callback):
     ) -> None:
         """Changes the gradients, if the method does: they are unscaled and not clipped yet."""
         self._announced = optimizer
+        if (
+            self._retakes
+        ):  # the module's own hooks and its step run later than this callback, and may have loaded weights
+            self._constraint.retake()
+            self._retakes = False
         step = self._constraint.steps.step_of(optimizer)
         if step is not None:  # one that was replaced since the batch began is followed no more
             with configuration_errors():
@@ -242,7 +247,7 @@ class MethodCallback(PlainCopies, Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        self._given = self._untouched = self._announced = None
+        self._given = self._announced = None
         for name in ("log", "log_dict"):  # the module's, which Lightning has given its callbacks
             vars(self).pop(name, None)
         self._constraint.steps.stop()
@@ -269,14 +274,14 @@ class MethodCallback(PlainCopies, Callback):
         else:
             self._loaded = state_dict or None
 
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, anew: bool = False) -> None:
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the constrained parameters of this fit, their anchors, and what was learned before."""
         reshard(pl_module)
         self._constraint.steps.stop()
         state, given, same = self._loaded, self._given, self._fitted() is pl_module
         path = path_of(self.pretrained)
         known = self._constraint.anchors.origin != "none"
-        fresh = anew or trainer.fit_loop.total_batch_idx < 0
+        fresh = trainer.fit_loop.total_batch_idx < 0
         with configuration_errors():
             candidates = constrainable(pl_module, self.exclude, buffers=self._constraint.method.constrains_buffers)
             if state is not None:
@@ -290,8 +295,8 @@ class MethodCallback(PlainCopies, Callback):
                     warn_of_random_anchors(pl_module, type(self).__name__)
                 self._start_anew()
                 self._constraint.begin(pl_module, candidates, given, path)
+                self._retakes = given is None
         self._loaded = self._given = None
         self._constraint.record_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        self._untouched = Untouched(self._constraint.anchors)
         self._fitted = weakref.ref(pl_module)
         check_something_to_do(trainer, pl_module, self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from lightning_tpgm.callbacks.tpgm import TPGMCallback
 from lightning_tpgm.methods.method import check
 from lightning_tpgm.methods.radii import RadiusLr
 from lightning_tpgm.norms import Norm
-from lightning_tpgm.pretrained import Pretrained, match_names, read_file, read_pretrained, state_dict_in
+from lightning_tpgm.pretrained import Pretrained, match_names, path_of, read_file, read_pretrained, state_dict_in
 from lightning_tpgm.selection import clean_name
 from lightning_tpgm.sharding import full, local, reshard
 
@@ -85,12 +86,13 @@ def project_checkpoint(
     """
     finetuned = Path(finetuned)
     output = finetuned.with_stem(f"{finetuned.stem}-projected") if output is None else Path(output)
+    output = output.resolve()  # of a link the file
     if (finetuned.suffix == ".safetensors") != (output.suffix == ".safetensors"):
         raise MisconfigurationException(
             f"`output` should be of the same kind as `finetuned` ({finetuned.suffix!r}), found {output.suffix!r}."
         )
     with configuration_errors():
-        check(output.parent.is_dir(), "output", "in an existing folder", str(output))
+        check_output(output, pretrained)
         check(pretrained is not None, "pretrained", "a path, a mapping of tensors by name or a module", pretrained)
         if isinstance(pretrained, str | os.PathLike) and Path(pretrained).resolve() == finetuned.resolve():
             raise ValueError(
@@ -124,6 +126,20 @@ def project_checkpoint(
         _write(finetuned, output, at_start.projected)
     trainer.strategy.barrier()
     return callback
+
+
+def check_output(output: Path, pretrained: Pretrained) -> None:
+    """Raise a ValueError if nothing can or should be written there."""
+    check(output.parent.is_dir(), "output", "in an existing folder", str(output))
+    check(not output.is_dir(), "output", "a file", str(output))
+    writable = os.access(output.parent, os.W_OK) and (not output.exists() or os.access(output, os.W_OK))
+    check(writable, "output", "a file that may be written, in such a folder", str(output))
+    path = path_of(pretrained)
+    if path is not None and path.resolve() == output:
+        raise ValueError(
+            f"`output` should not be the file of `pretrained`, found {str(output)!r}: the pretrained weights would be"
+            " lost. Choose another name."
+        )
 
 
 class _AtStart(Callback):
@@ -223,6 +239,8 @@ def _write(finetuned: Path, output: Path, projected: dict[str, Tensor]) -> None:
     part = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         _save(content, state, finetuned, part, output.suffix == ".safetensors")
+        if output.exists():
+            shutil.copymode(output, part)
         part.replace(output)
     finally:
         part.unlink(missing_ok=True)

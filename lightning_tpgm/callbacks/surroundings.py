@@ -160,10 +160,10 @@ def check_something_to_do(trainer: pl.Trainer, pl_module: pl.LightningModule, ca
             f" {len(anchors.waiting)} remain after `exclude` = {list(callback.exclude)}, and none of them is trainable."
             " Exclude less, or unfreeze some (a `BaseFinetuning` callback may do so later)."
         )
-    seen = trainer.fit_loop.total_batch_idx  # 0 as well: the first batch may find other weights than the start did
-    if anchors.origin == "fresh" and seen <= 0:
+    begins = trainer.fit_loop.total_batch_idx < 0
+    if anchors.origin == "fresh" and begins:
         warn_of_fresh_layers(pl_module, callback)
-    if anchors.origin != "restored" and seen < 0:
+    if anchors.origin != "restored" and begins:
         tell_of_moving_statistics(trainer, pl_module, callback)
 
 

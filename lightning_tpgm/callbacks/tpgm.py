@@ -137,8 +137,8 @@ class TPGMCallback(WithRadii, MethodCallback):
             )
 
     @override
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, anew: bool = False) -> None:
-        super()._begin(trainer, pl_module, anew)
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super()._begin(trainer, pl_module)
         self._held_out.attach(trainer, pl_module)
         self._tpgm.progress = lambda updates: with_progress_bar(trainer, updates, "Learning radii")
         self._warned = False
