@@ -54,7 +54,6 @@ class MethodCallback(PlainCopies, Callback):
     _KEY = ""  # what logged names begin with
     _METHOD: type[Any] = Method
     _SHOWN: tuple[str, ...] = ()  # the arguments in `repr`; none: the method's own
-    _IN_BAR: tuple[str, ...] = ()  # what the callback itself logs after every batch
 
     def __init__(
         self,
@@ -87,7 +86,7 @@ class MethodCallback(PlainCopies, Callback):
     @override
     def _start_anew(self) -> None:
         """Back to the state of a new callback."""
-        self._logs = Logs(self._KEY, self._logged, self._IN_BAR)
+        self._logs = Logs(self._KEY, self._logged)
         with configuration_errors():
             arguments = self.make_method(), self.anchor_device, type(self).__name__
         self._constraint = Constraint(*arguments, rank_zero_warn, rank_zero_info)
@@ -118,7 +117,11 @@ class MethodCallback(PlainCopies, Callback):
     def plot(self, over: Over = "layers", quantity: Quantity = "distance", ax: Any = None) -> tuple[Any, Any]:  # noqa: D102
         return self._constraint.plot(over, quantity, ax)
 
+    def explain(self) -> str:  # noqa: D102
+        return self._constraint.explain()
+
     report.__doc__, plot.__doc__ = Constraint.report.__doc__, Constraint.plot.__doc__
+    explain.__doc__ = Constraint.explain.__doc__
 
     # ---- Lightning's hooks
 

@@ -1,0 +1,130 @@
+"""What a method did, in up to three sentences that say no more than the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_tpgm.observing.names import in_words
+from lightning_tpgm.observing.reporting import PINNED, by_block, left
+
+MOST = 24  # blocks that are judged one by one
+LITTLE, MUCH = 0.1, 0.9
+ADVICE = "; lower the learning rate, or exclude what was held, if accuracy in distribution matters more"
+PLAIN = ". So this was nearly plain fine-tuning"
+
+
+def explain(names: Sequence[str], quantities: Mapping[str, Tensor]) -> str:
+    """Which part of the network was held, for how much of the run, and what that suggests.
+
+    Args:
+        names: Of T tensors; many are judged by block.
+        quantities: Shape (T,) each, on the CPU.
+    """
+    if not quantities:
+        return "Nothing was constrained yet."
+    sizes, shown = by_block(names, quantities, MOST)
+    labels = list(sizes)
+    if not bool((shown.get("wanted", shown["distance"]) > 0).any()):
+        return "No constrained tensor has moved yet."
+    if "wanted" not in shown:
+        return _distances(labels, shown, quantities)
+    return _of_steps(labels, shown) if "bound" in shown else _after_the_fact(labels, shown)
+
+
+def _of_steps(labels: Sequence[str], shown: Mapping[str, Tensor]) -> str:
+    """Who was bound in fewer than half of its steps moved freely; who was allowed less than half was held tightly.
+
+    >>> text = _of_steps(["stem", "body", "head"], {"wanted": torch.ones(3), "allowed": torch.tensor([0.1, 0.7, 1.0]),
+    ...     "bound": torch.tensor([1.0, 0.6, 0.3]), "pinned": torch.tensor([0.9, 0.0, 0.0])})
+    >>> for sentence in text.split(". "):
+    ...     print(sentence)
+    head moved freely: bound in 30 % of the steps
+    body was held back: bound in 60 % of the steps, and allowed 70 % of the distance that was wanted
+    stem was pinned: held at its pretrained value in 90 % of the steps; lower the learning rate, or exclude what was \
+held, if accuracy in distribution matters more.
+    """
+    ratios, bound, acted = left(shown), shown["bound"], shown["wanted"] > 0
+    pinned = acted & (shown["pinned"] >= PINNED)
+    free = acted & ~pinned & (bound < 0.5)
+    held = acted & ~pinned & ~free
+    sentences = []
+    if free.any():
+        sentences.append(f"{_who(labels, free)} moved freely: bound in {_percent(bound, free)} of the steps")
+    if held.any():
+        steps, allowed = _percent(bound, held), _percent(ratios, held)
+        text = f"held back: bound in {steps} of the steps, and allowed {allowed} of the distance that was wanted"
+        sentences.append(f"{_was(labels, held)} {text}")
+        tightest = int(ratios.where(held, torch.inf).argmin())
+        if int(held.sum()) > 1 and float(ratios[tightest]) < 0.5:
+            sentences[-1] += f" (least: {labels[tightest]})"
+    if pinned.any():
+        value = "its pretrained value" if int(pinned.sum()) == 1 else "their pretrained values"
+        steps = _percent(shown["pinned"], pinned)
+        sentences.append(f"{_was(labels, pinned)} pinned: held at {value} in {steps} of the steps")
+    if pinned.any() or bool((ratios[held] < 0.5).any()):
+        sentences[-1] += ADVICE
+    elif bool((bound[acted] < LITTLE).all()):
+        sentences[-1] += PLAIN
+    return ". ".join(sentences) + "."
+
+
+def _after_the_fact(labels: Sequence[str], shown: Mapping[str, Tensor]) -> str:
+    """Of one projection.
+
+    >>> _after_the_fact(["body", "head"], {"wanted": torch.ones(2), "allowed": torch.tensor([0.6, 1.0])})
+    'head was left where it was: it kept 100 % of its distance. body was taken back: it kept 60 % of its distance.'
+    """
+    ratios, acted = left(shown), shown["wanted"] > 0
+    there = acted & (ratios > MUCH)
+    back, home = acted & ~there & (ratios >= LITTLE), acted & (ratios < LITTLE)
+    sentences = []
+    for chosen, what in (
+        (there, "left where it was"),
+        (back, "taken back"),
+        (home, "put back to its pretrained value"),
+    ):
+        if chosen.any():
+            several = _was(labels, chosen).endswith("were")
+            what = what.replace("it was", "they were").replace("its", "their") if several else what
+            kept = f"{'they' if several else 'it'} kept {_percent(ratios, chosen)} of {'their' if several else 'its'}"
+            sentences.append(f"{_was(labels, chosen)} {what}: {kept} distance")
+    if bool(there[acted].all()):
+        sentences[-1] += PLAIN
+    return ". ".join(sentences) + "."
+
+
+def _distances(labels: Sequence[str], shown: Mapping[str, Tensor], quantities: Mapping[str, Tensor]) -> str:
+    """Of methods without radii."""
+    total, farthest = float(quantities["distance"].norm()), int(shown["distance"].argmax())
+    count = len(quantities["distance"])
+    text = (
+        f"All {count} tensors together are at a distance of {total:.3g} from their pretrained values,"
+        f" {labels[farthest]} is farthest with {float(shown['distance'][farthest]):.3g}."
+    )
+    if "omega" in quantities:
+        omega = _percent(quantities["omega"], torch.ones(count, dtype=torch.bool))
+        text += f" Of a gradient's part that leads away, {omega} is taken out now."
+    return text
+
+
+def _who(labels: Sequence[str], chosen: Tensor) -> str:
+    whole = len(labels) > 1 and bool(chosen.all())
+    return "The whole network" if whole else in_words(labels, chosen.tolist())
+
+
+def _was(labels: Sequence[str], chosen: Tensor) -> str:
+    several = 1 < int(chosen.sum()) < len(labels)
+    return f"{_who(labels, chosen)} {'were' if several else 'was'}"
+
+
+def _percent(values: Tensor, chosen: Tensor) -> str:
+    """From the least to the most, rounded.
+
+    >>> _percent(torch.tensor([0.2, 0.9, 0.449]), torch.tensor([True, False, True]))
+    '20 to 45 %'
+    """
+    ends = sorted({round(100 * float(end)) for end in values[chosen].aminmax()})
+    return f"{' to '.join(map(str, ends))} %"
