@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -23,6 +24,15 @@ def shortened(names: Sequence[str]) -> list[str]:
     return [".".join(part[first : len(part) - last]) for part in parts]
 
 
+def end_of(name: str, length: int = 38) -> str:
+    """A name that is not too long: the end of one says most.
+
+    >>> end_of("text_model.encoder.layers.11.self_attn.k_proj.weight")
+    '…oder.layers.11.self_attn.k_proj.weight'
+    """
+    return name if len(name) <= length else f"…{name[-length:]}"
+
+
 def blocks(names: Sequence[str], most: int) -> Blocks:
     """Tensors by block, in their order: one a block if there are few, else those whose names begin alike.
 
@@ -34,17 +44,24 @@ def blocks(names: Sequence[str], most: int) -> Blocks:
         most: How many blocks there may be, where names are not all of families of their own.
 
     >>> blocks(["stem.weight", "layer.0.weight", "layer.0.bias", "layer.1.weight", "layer.1.bias"], most=3)
-    {'stem.weight': [0], 'layer.0': [1, 2], 'layer.1': [3, 4]}
+    {'stem': [0], 'layer.0': [1, 2], 'layer.1': [3, 4]}
     """
-    short = [name.split(".") for name in shortened(names)]
-    deepest = max(map(len, short), default=1)
-    cuts = [_cut(short, depth) for depth in range(1, deepest + 1)]
+    if len(names) <= most:
+        return {name: [index] for index, name in enumerate(names)}
+    short = _telling([tuple(name.split(".")) for name in shortened(names)])
+    cuts = [_cut(short, depth) for depth in range(1, max(map(len, short)) + 1)]
     fitting = [cut for cut in cuts if len(cut) <= most]
     best = fitting[-1] if fitting else {}
     finer = cuts[len(fitting)] if len(fitting) < len(cuts) else None
     if finer is None or len(best) >= most / 4:
         return best
     return _together(finer, most)
+
+
+def _telling(names: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Each name as far as it begins like another one, and one part more."""
+    count = Counter(name[:depth] for name in names for depth in range(1, len(name) + 1))
+    return [next((name[:d] for d in range(1, len(name)) if count[name[:d]] == 1), name) for name in names]
 
 
 def _cut(names: Sequence[Sequence[str]], depth: int) -> Blocks:

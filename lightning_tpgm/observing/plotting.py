@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_tpgm.observing.names import shortened
+from lightning_tpgm.observing.names import end_of, shortened
 from lightning_tpgm.observing.reporting import PINNED, by_block, left
 
 if TYPE_CHECKING:
@@ -25,6 +25,13 @@ ROWS = 40
 """More tensors than these cannot be read in one figure: then they are shown by block."""
 RATIOS = (0.0, 0.1, 0.5, 0.9, 0.99, 0.999, 1.0)
 """The steps of the colours of ratios: a step adds little to the distance of a long run, so most are close to 1."""
+
+
+_EXPLAINED = {
+    "distance": "distance from the pretrained value",
+    "ratio": "what each projection left (1: all, the constraint does not bind)",
+    "bound": "share of the steps so far in which the constraint was bound",
+}
 
 
 def axes_for(ax: Axes | None, width: float = 6.4, height: float = 4.8) -> tuple[Figure, Axes]:
@@ -71,9 +78,11 @@ def plot_layers(
     low = _scale(ax, [value for values in ends for value in values])
     ends = [[max(value, low) for value in values] for values in ends]
     if len(ends) == 2:
-        ax.hlines(rows, ends[0], ends[1], color=colors, linewidth=2, alpha=0.35, zorder=1)
-        ax.scatter(ends[0], rows, s=60, marker="|", color=colors, label="allowed", zorder=2)
-        ax.scatter(ends[1], rows, s=18, color=colors, label="wanted", zorder=3)
+        allowed, wanted = ends
+        ax.hlines(rows, allowed, wanted, color=colors, linewidth=2, alpha=0.35, zorder=1)
+        ax.scatter(allowed, rows, s=60, marker="|", color=colors, label="allowed", zorder=2)
+        ax.scatter(wanted, rows, s=18, color=colors, label="wanted", zorder=3)
+        _name_ends(ax, allowed, wanted, ("allowed", "wanted") if "bound" in shown else ("after", "before"))
     else:
         ax.scatter(ends[0], rows, s=18, color=BLUE, label="distance", zorder=3)
     if "bound" in shown:
@@ -82,23 +91,47 @@ def plot_layers(
         _bars(ax, left(shown), colors, "ratio, %")
     elif "omega" in shown:
         _bars(ax, shown["omega"], colors, "omega, %")
-    ax.set_title(title, loc="left")
-    ax.set_xlabel("distance from the pretrained value")
+    ax.set_title(title, loc="left", fontsize="medium")
+    ax.set_xlabel("distance from the pretrained value" + (", mean over the steps" if "bound" in shown else ""))
     _name_rows(ax, list(sizes))
     ax.set_ylim(len(rows) - 0.4, -0.6)
     return figure, ax
 
 
+def _name_ends(ax: Axes, left_end: Sequence[float], right_end: Sequence[float], words: tuple[str, str]) -> None:
+    """Write what the ends of the lines are beside those of the longest one."""
+    to_axes = ax.transScale + ax.transLimits
+    ends = [[float(to_axes.transform((value, 0))[0]) for value in values] for values in (left_end, right_end)]
+    lengths = [b - a for a, b in zip(*ends, strict=True)]
+    row = max(range(len(lengths)), key=lengths.__getitem__)
+    inside = lengths[row] > 0.3
+    for values, word, side in ((left_end, words[0], -1), (right_end, words[1], 1)):
+        leans = "left" if (side < 0) == inside else "right"
+        offset = (2, 1) if inside else (5 * side, 0)
+        ax.annotate(
+            word,
+            (values[row], row),
+            (offset[0] if leans == "left" else -abs(offset[0]), offset[1]),
+            textcoords="offset points",
+            ha=leans,
+            va="bottom" if inside else "center",
+            fontsize="x-small",
+            color=GREY,
+        )
+
+
 def _bars(ax: Axes, shares: Tensor, colors: Sequence[str], title: str, pinned: Tensor | None = None) -> None:
     """Shares as bars at the right of the axes, each with its number."""
-    right = ax.inset_axes((1.04, 0, 0.28, 1), sharey=ax)
+    from mpl_toolkits.axes_grid1 import make_axes_locatable
+
+    right = make_axes_locatable(ax).append_axes("right", size="28%", pad=0.15, sharey=ax)
     _style(right)
     rows, percent = range(len(shares)), (100 * shares.nan_to_num(nan=0)).tolist()
     right.barh(rows, percent, height=0.6, color=colors, alpha=0.5)
     for row, share in enumerate(percent):
         word = " pinned" if pinned is not None and float(pinned[row]) >= PINNED else ""
         right.text(2, row, f"{share:.0f}{word}", va="center", fontsize="x-small")
-    right.set(xlim=(0, 102))
+    right.set(xlim=(0, 108))
     right.set_title(title, loc="left", fontsize="small")
     right.tick_params(labelleft=False, labelbottom=False, left=False, bottom=False)
 
@@ -138,8 +171,9 @@ def plot_steps(
     else:
         norm = Normalize(0, high if quantity in ("distance", "radius") else 1)
     mesh = ax.pcolormesh(edges, bounds, values.T.numpy(), norm=norm, cmap="cividis")
-    figure.colorbar(mesh, ax=ax, extend=extend)
-    ax.set_title(f"{title}: {quantity}", loc="left")
+    bar = figure.colorbar(mesh, ax=ax, extend=extend, format="%g")
+    bar.ax.tick_params(labelsize="small", color=GREY)
+    ax.set_title(f"{title}: {_EXPLAINED.get(quantity, quantity)}", loc="left", fontsize="medium")
     ax.set(xlabel="optimizer step")
     ax.grid(visible=False)
     _name_rows(ax, list(sizes))
@@ -161,26 +195,18 @@ def _height(rows: int) -> float:
 
 def _name_rows(ax: Axes, labels: Sequence[str]) -> None:
     every = -(-len(labels) // ROWS)
-    short = [_end_of(label) for label in shortened(labels)]
+    short = [end_of(label) for label in shortened(labels)]
     ax.set_yticks(list(range(0, len(labels), every)), short[::every], fontsize="x-small")
-
-
-def _end_of(name: str, length: int = 36) -> str:
-    """The end of a long name says most.
-
-    >>> _end_of("text_model.encoder.layers.11.self_attn.k_proj.weight")
-    '…oder.layers.11.self_attn.k_proj.weight'
-    """
-    return name if len(name) <= length + 2 else f"…{name[-length - 2 :]}"
 
 
 def _scale(ax: Axes, values: Sequence[float]) -> float:
     """A scale on which the values can be told apart, and its least value."""
     positive = [value for value in values if value > 0]
     if not positive or max(positive) < 20 * min(positive):
-        ax.set_xlim(0, 1.1 * max(values, default=0) or 1)
+        ax.set_xlim(0, 1.2 * max(values, default=0) or 1)
         return 0.0
     low = max(min(positive), max(positive) / DECADES)
+    margin = (max(positive) / low) ** 0.12
     ax.set_xscale("log")
-    ax.set_xlim(low / 1.5, 2 * max(positive))
+    ax.set_xlim(low / margin, max(positive) * margin)
     return low

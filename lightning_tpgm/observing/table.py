@@ -25,15 +25,13 @@ def print_table(title: str, names: Sequence[str], quantities: Mapping[str, Tenso
     from rich.table import Table
 
     sizes, shown = by_block(names, quantities, MOST)
-    grouped = len(sizes) < len(names)
     columns = _columns(shown)
     table = Table(title=escape(title), caption=_caption(quantities))
-    table.add_column("block" if grouped else "tensor", overflow="fold")
-    for heading in (*(["tensors"] if grouped else []), *columns):
+    table.add_column("tensor" if len(sizes) == len(names) else "block", overflow="fold")
+    for heading in columns:
         table.add_column(heading, justify="right")
-    for index, (label, size) in enumerate(sizes.items()):
-        cells = [str(size)] if grouped else []
-        table.add_row(escape(label), *cells, *(cell(index) for cell in columns.values()))
+    for index, label in enumerate(sizes):
+        table.add_row(escape(label), *(cell(index) for cell in columns.values()))
     console = Console()
     console.print(table)
     console.print(verdict, markup=False, highlight=False)
@@ -60,7 +58,7 @@ def _columns(shown: Mapping[str, Tensor]) -> dict[str, Callable[[int], str]]:
 def _caption(quantities: Mapping[str, Tensor]) -> str:
     distance = quantities["distance"]
     caption = f"{len(distance)} tensors, total distance {float(distance.norm()):.3g}"
-    if "pinned" in quantities:
-        caption += ", wanted and allowed as means over the steps"
-        caption += f", {int((quantities['pinned'] >= PINNED).sum())} pinned"
+    if "bound" in quantities:
+        pinned = int((quantities["pinned"] >= PINNED).sum())
+        caption += f", {pinned} pinned\nwanted, allowed: mean distance before and after a step's projection"
     return caption

@@ -11,9 +11,9 @@ from lightning_tpgm.observing.names import in_words
 from lightning_tpgm.observing.reporting import PINNED, by_block, left
 
 MOST = 24  # blocks that are judged one by one
-LITTLE, MUCH = 0.1, 0.9
-ADVICE = "; lower the learning rate, or exclude what was held, if accuracy in distribution matters more"
-PLAIN = ". So this was nearly plain fine-tuning"
+FREE, PLAIN = 0.3, 0.1  # of the steps: what is bound in fewer
+TIGHT = 0.5  # of what was wanted: what is allowed less
+LITTLE, MUCH = 0.1, 0.9  # of the distance, after the fact
 
 
 def explain(names: Sequence[str], quantities: Mapping[str, Tensor]) -> str:
@@ -35,40 +35,46 @@ def explain(names: Sequence[str], quantities: Mapping[str, Tensor]) -> str:
 
 
 def _of_steps(labels: Sequence[str], shown: Mapping[str, Tensor]) -> str:
-    """Who was bound in fewer than half of its steps moved freely; who was allowed less than half was held tightly.
+    r"""Who was bound in few steps moved freely; who was allowed less than half of what was wanted was held tightly.
 
     >>> text = _of_steps(["stem", "body", "head"], {"wanted": torch.ones(3), "allowed": torch.tensor([0.1, 0.7, 1.0]),
-    ...     "bound": torch.tensor([1.0, 0.6, 0.3]), "pinned": torch.tensor([0.9, 0.0, 0.0])})
-    >>> for sentence in text.split(". "):
-    ...     print(sentence)
-    head moved freely: bound in 30 % of the steps
-    body was held back: bound in 60 % of the steps, and allowed 70 % of the distance that was wanted
-    stem was pinned: held at its pretrained value in 90 % of the steps; lower the learning rate, or exclude what was \
-held, if accuracy in distribution matters more.
+    ...     "bound": torch.tensor([1.0, 0.6, 0.2]), "pinned": torch.tensor([0.9, 0.0, 0.0])})
+    >>> print(text.replace(". ", ".\n").replace("; ", ";\n"))
+    head moved freely: bound in 20 % of the steps.
+    body was held back: bound in 60 % of the steps, and allowed 70 % of the distance that was wanted.
+    stem was pinned: at its pretrained value in 90 % of the steps;
+    lower the learning rate, or exclude it, if accuracy in distribution matters more.
     """
     ratios, bound, acted = left(shown), shown["bound"], shown["wanted"] > 0
     pinned = acted & (shown["pinned"] >= PINNED)
-    free = acted & ~pinned & (bound < 0.5)
-    held = acted & ~pinned & ~free
+    free = acted & ~pinned & (bound < FREE)
+    tight = acted & ~pinned & ~free & (ratios < TIGHT)
+    tight &= ~pinned.any()  # there is one sentence for those that were held most
+    held = acted & ~pinned & ~free & ~tight
+
+    def bounds(chosen: Tensor) -> str:
+        steps, allowed = _percent(bound, chosen), _percent(ratios, chosen)
+        return f"bound in {steps} of the steps, and allowed {allowed} of the distance that was wanted"
+
     sentences = []
     if free.any():
         sentences.append(f"{_who(labels, free)} moved freely: bound in {_percent(bound, free)} of the steps")
     if held.any():
-        steps, allowed = _percent(bound, held), _percent(ratios, held)
-        text = f"held back: bound in {steps} of the steps, and allowed {allowed} of the distance that was wanted"
-        sentences.append(f"{_was(labels, held)} {text}")
-        tightest = int(ratios.where(held, torch.inf).argmin())
-        if int(held.sum()) > 1 and float(ratios[tightest]) < 0.5:
-            sentences[-1] += f" (least: {labels[tightest]})"
+        sentences.append(f"{_was(labels, held)} held back: {bounds(held)}")
+    if tight.any():
+        sentences.append(f"{_was(labels, tight)} held tightly: {bounds(tight)}{_advice(tight)}")
     if pinned.any():
-        value = "its pretrained value" if int(pinned.sum()) == 1 else "their pretrained values"
-        steps = _percent(shown["pinned"], pinned)
-        sentences.append(f"{_was(labels, pinned)} pinned: held at {value} in {steps} of the steps")
-    if pinned.any() or bool((ratios[held] < 0.5).any()):
-        sentences[-1] += ADVICE
-    elif bool((bound[acted] < LITTLE).all()):
-        sentences[-1] += PLAIN
+        value = "its pretrained value" if _is_one(pinned) else "their pretrained values"
+        steps = f"in {_percent(shown['pinned'], pinned)} of the steps"
+        sentences.append(f"{_was(labels, pinned)} pinned: at {value} {steps}{_advice(pinned)}")
+    if bool((bound[acted] < PLAIN).all()):
+        sentences.append("So this was nearly plain fine-tuning")
     return ". ".join(sentences) + "."
+
+
+def _advice(held: Tensor) -> str:
+    excluded = "" if bool(held.all()) else f", or exclude {'it' if _is_one(held) else 'them'},"
+    return f"; lower the learning rate{excluded} if accuracy in distribution matters more"
 
 
 def _after_the_fact(labels: Sequence[str], shown: Mapping[str, Tensor]) -> str:
@@ -91,8 +97,6 @@ def _after_the_fact(labels: Sequence[str], shown: Mapping[str, Tensor]) -> str:
             what = what.replace("it was", "they were").replace("its", "their") if several else what
             kept = f"{'they' if several else 'it'} kept {_percent(ratios, chosen)} of {'their' if several else 'its'}"
             sentences.append(f"{_was(labels, chosen)} {what}: {kept} distance")
-    if bool(there[acted].all()):
-        sentences[-1] += PLAIN
     return ". ".join(sentences) + "."
 
 
@@ -118,6 +122,10 @@ def _who(labels: Sequence[str], chosen: Tensor) -> str:
 def _was(labels: Sequence[str], chosen: Tensor) -> str:
     several = 1 < int(chosen.sum()) < len(labels)
     return f"{_who(labels, chosen)} {'were' if several else 'was'}"
+
+
+def _is_one(chosen: Tensor) -> bool:
+    return int(chosen.sum()) == 1
 
 
 def _percent(values: Tensor, chosen: Tensor) -> str:
