@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_tpgm.observing.names import end_of, shortened
 from lightning_tpgm.observing.reporting import PINNED, by_block, left
+from lightning_tpgm.projection import MIN_RADIUS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +78,8 @@ def plot_layers(
     lengths = ("allowed", "wanted") if "wanted" in shown else ("distance",)
     ends = [shown[name].nan_to_num(nan=0).tolist() for name in lengths]
     low = _scale(ax, [value for values in ends for value in values])
-    ends = [[max(value, low) for value in values] for values in ends]
+    moved = [end > MIN_RADIUS for end in ends[-1]]  # the others have no place on a logarithmic scale
+    ends = [[max(v, low) if here else math.nan for v, here in zip(values, moved, strict=True)] for values in ends]
     if len(ends) == 2:
         allowed, wanted = ends
         ax.hlines(rows, allowed, wanted, color=colors, linewidth=2, alpha=0.35, zorder=1)
@@ -103,7 +106,7 @@ def _name_ends(ax: Axes, left_end: Sequence[float], right_end: Sequence[float], 
     to_axes = ax.transScale + ax.transLimits
     ends = [[float(to_axes.transform((value, 0))[0]) for value in values] for values in (left_end, right_end)]
     lengths = [b - a for a, b in zip(*ends, strict=True)]
-    row = max(range(len(lengths)), key=lengths.__getitem__)
+    row = max(range(len(lengths)), key=lambda index: lengths[index] if lengths[index] >= 0 else -1)
     inside = lengths[row] > 0.3
     for values, word, side in ((left_end, words[0], -1), (right_end, words[1], 1)):
         leans = "left" if (side < 0) == inside else "right"
@@ -122,7 +125,7 @@ def _name_ends(ax: Axes, left_end: Sequence[float], right_end: Sequence[float], 
 
 def _bars(ax: Axes, shares: Tensor, colors: Sequence[str], title: str, pinned: Tensor | None = None) -> None:
     """Shares as bars at the right of the axes, each with its number."""
-    from mpl_toolkits.axes_grid1 import make_axes_locatable
+    from mpl_toolkits.axes_grid1 import make_axes_locatable  # type: ignore[import-untyped]
 
     right = make_axes_locatable(ax).append_axes("right", size="28%", pad=0.15, sharey=ax)
     _style(right)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_tpgm.observing.names import in_words
 from lightning_tpgm.observing.reporting import PINNED, by_block, left
+from lightning_tpgm.projection import MIN_RADIUS
 
 MOST = 24  # blocks that are judged one by one
 FREE, PLAIN = 0.3, 0.1  # of the steps: what is bound in fewer
@@ -27,7 +28,7 @@ def explain(names: Sequence[str], quantities: Mapping[str, Tensor]) -> str:
         return "Nothing was constrained yet."
     sizes, shown = by_block(names, quantities, MOST)
     labels = list(sizes)
-    if not bool((shown.get("wanted", shown["distance"]) > 0).any()):
+    if not bool((shown.get("wanted", shown["distance"]) > MIN_RADIUS).any()):
         return "No constrained tensor has moved yet."
     if "wanted" not in shown:
         return _distances(labels, shown, quantities)
@@ -42,10 +43,10 @@ def _of_steps(labels: Sequence[str], shown: Mapping[str, Tensor]) -> str:
     >>> print(text.replace(". ", ".\n").replace("; ", ";\n"))
     head moved freely: bound in 20 % of the steps.
     body was held back: bound in 60 % of the steps, and allowed 70 % of the distance that was wanted.
-    stem was pinned: at its pretrained value in 90 % of the steps;
+    stem was pinned: at the pretrained value in 90 % of the steps;
     lower the learning rate, or exclude it, if accuracy in distribution matters more.
     """
-    ratios, bound, acted = left(shown), shown["bound"], shown["wanted"] > 0
+    ratios, bound, acted = left(shown), shown["bound"], shown["wanted"] > MIN_RADIUS
     pinned = acted & (shown["pinned"] >= PINNED)
     free = acted & ~pinned & (bound < FREE)
     tight = acted & ~pinned & ~free & (ratios < TIGHT)
@@ -64,9 +65,8 @@ def _of_steps(labels: Sequence[str], shown: Mapping[str, Tensor]) -> str:
     if tight.any():
         sentences.append(f"{_was(labels, tight)} held tightly: {bounds(tight)}{_advice(tight)}")
     if pinned.any():
-        value = "its pretrained value" if _is_one(pinned) else "their pretrained values"
         steps = f"in {_percent(shown['pinned'], pinned)} of the steps"
-        sentences.append(f"{_was(labels, pinned)} pinned: at {value} {steps}{_advice(pinned)}")
+        sentences.append(f"{_was(labels, pinned)} pinned: at the pretrained value {steps}{_advice(pinned)}")
     if bool((bound[acted] < PLAIN).all()):
         sentences.append("So this was nearly plain fine-tuning")
     return ". ".join(sentences) + "."
@@ -81,22 +81,18 @@ def _after_the_fact(labels: Sequence[str], shown: Mapping[str, Tensor]) -> str:
     """Of one projection.
 
     >>> _after_the_fact(["body", "head"], {"wanted": torch.ones(2), "allowed": torch.tensor([0.6, 1.0])})
-    'head was left where it was: it kept 100 % of its distance. body was taken back: it kept 60 % of its distance.'
+    'head kept nearly all of the distance: 100 %. body was taken back to 60 % of the distance.'
     """
-    ratios, acted = left(shown), shown["wanted"] > 0
-    there = acted & (ratios > MUCH)
-    back, home = acted & ~there & (ratios >= LITTLE), acted & (ratios < LITTLE)
+    ratios, acted = left(shown), shown["wanted"] > MIN_RADIUS
+    kept, home = acted & (ratios > MUCH), acted & (ratios < LITTLE)
+    back = acted & ~kept & ~home
     sentences = []
-    for chosen, what in (
-        (there, "left where it was"),
-        (back, "taken back"),
-        (home, "put back to its pretrained value"),
-    ):
-        if chosen.any():
-            several = _was(labels, chosen).endswith("were")
-            what = what.replace("it was", "they were").replace("its", "their") if several else what
-            kept = f"{'they' if several else 'it'} kept {_percent(ratios, chosen)} of {'their' if several else 'its'}"
-            sentences.append(f"{_was(labels, chosen)} {what}: {kept} distance")
+    if kept.any():
+        sentences.append(f"{_who(labels, kept)} kept nearly all of the distance: {_percent(ratios, kept)}")
+    if back.any():
+        sentences.append(f"{_was(labels, back)} taken back to {_percent(ratios, back)} of the distance")
+    if home.any():
+        sentences.append(f"{_was(labels, home)} put back to the pretrained value, but for {_percent(ratios, home)}")
     return ". ".join(sentences) + "."
 
 
