@@ -43,7 +43,7 @@ def radii(printed: str) -> dict[str, float]:
 def test_notebook(tmp_path: Path) -> None:
     run("notebook.py", tmp_path)
     figures = sorted(path.name for path in (tmp_path / "demo_output").iterdir())
-    assert figures == ["filters.png", "steps.png", "tensors.png"]
+    assert figures == ["filters.png", "layers.png", "steps.png", "tensors.png"]
     for name in figures:
         assert matplotlib.image.imread(tmp_path / "demo_output" / name).std() > 0.05, f"{name} is almost empty"
 
