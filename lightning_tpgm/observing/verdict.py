@@ -92,7 +92,8 @@ def _after_the_fact(labels: Sequence[str], shown: Mapping[str, Tensor]) -> str:
     if back.any():
         sentences.append(f"{_was(labels, back)} taken back to {_percent(ratios, back)} of the distance")
     if home.any():
-        sentences.append(f"{_was(labels, home)} put back to the pretrained value, but for {_percent(ratios, home)}")
+        remains = f"{_percent(ratios, home)} of the distance is left"
+        sentences.append(f"{_was(labels, home)} put back to the pretrained value: {remains}")
     return ". ".join(sentences) + "."
 
 
