@@ -13,6 +13,8 @@ from lightning_tpgm.norms import Norm
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
+
+    from lightning_tpgm.callbacks.tpgm import TPGMCallback
 else:
     LightningModule = reduce(or_, classes("core:LightningModule"))  # of either package
 
@@ -71,17 +73,20 @@ def project(
         trainer=trainer,
     )
     if trainer.is_global_zero:
-        _show(callback.radii, callback.distances, output)
+        _show(callback, output)
 
 
-def _show(radii: dict[str, float], distances: dict[str, float], output: str) -> None:
+def _show(callback: TPGMCallback, output: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("parameter", "radius", "distance", title=output)
-    for name, radius in radii.items():
-        table.add_row(name, f"{radius:.4g}", f"{distances[name]:.4g}")
-    Console().print(table)
+    table = Table("parameter", "before", "after", "ratio", title=output)
+    for row in callback.report():
+        numbers = (f"{row[name]:.4g}" for name in ("wanted", "distance", "ratio"))
+        table.add_row(row["name"], *numbers)
+    console = Console()
+    console.print(table)
+    console.print(callback.explain(), markup=False, highlight=False)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -32,6 +32,7 @@ class Anchors:
         origin: ``"none"`` before the first of these transitions; ``"fresh"``: the weights as they were found;
             ``"pretrained"``: given weights; ``"restored"``: a checkpoint.
         joined: The anchor of each constrained parameter, by name.
+        settled: False where `retake` may find other weights: there has been no step yet.
         parameters: The constrained parameters by the same names, in the same order; empty after `release`.
     """
 
@@ -42,6 +43,7 @@ class Anchors:
     def forget(self) -> None:
         """Back to the state of a new object."""
         self.origin: Origin = "none"
+        self.settled = True
         self.joined: dict[str, Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor | None] = {}  # of all that wait; None: what they hold then
@@ -58,6 +60,7 @@ class Anchors:
         """The weights as they are now, or as they are when they thaw."""
         self.forget()
         self.origin, self._kept, self._frozen = "fresh", dict.fromkeys(candidates), dict(candidates)
+        self.settled = False
 
     def begin_from(
         self, pretrained: Mapping[str, Tensor], candidates: Mapping[str, Tensor], report: Callable[[str], None]

@@ -123,9 +123,10 @@ class Constraint(Shown):
 
     @torch.no_grad()
     def retake(self, buffers: bool = False) -> None:
-        """Take the anchors anew, before the first step: weights may have been loaded since `begin`."""
-        self.anchors.retake(buffers)
-        self._arrange()
+        """Take fresh anchors anew until the first step is done: weights may have been loaded since `begin`."""
+        if not self.anchors.settled:
+            self.anchors.retake(buffers)
+            self._arrange()
 
     def join(self) -> bool:
         """Constrain the parameters that have thawed; says whether there are any."""
@@ -181,6 +182,7 @@ class Constraint(Shown):
     @torch.no_grad()
     def after(self, step: Step) -> None:
         """It has stepped."""
+        self.anchors.settled = True
         if not self.method.acts_at_end and (tensors := self._stepped_by(step)) is not None:
             self.method.after(tensors, step)
         if self.tensors is not None and self.tensors.names:

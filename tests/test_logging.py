@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -18,7 +20,7 @@ from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallbac
 from lightning_tpgm.callbacks.framework import logging_step, logs_are_due
 from toys import quiet_trainer, toy, train_loader, val_loader
 
-SUMMARY = ["binding", "distance", "heldout_loss", "mean_ratio", "min_ratio"]
+SUMMARY = ["binding", "bound", "distance", "heldout_loss", "mean_ratio", "min_ratio", "pinned"]
 NAMES = [name for name, _ in toy().named_parameters()]
 
 
@@ -60,6 +62,9 @@ def test_summary_by_default(tmp_path: Path) -> None:
         binding = sum(tensor["binds"] for tensor in report) / len(report)
         distance = sum(tensor["distance"] ** 2 for tensor in report) ** 0.5
         assert found == pytest.approx([binding, distance, float(ratios.mean()), float(ratios.min())], rel=1e-5)
+        assert row["tpgm/bound"] == pytest.approx(sum(tensor["bound"] for tensor in report) / len(report), rel=1e-5)
+        pinned = sum(tensor["pinned"] >= 0.8 for tensor in report) / len(report)
+        assert row["tpgm/pinned"] == pytest.approx(pinned, rel=1e-5)
     assert 0 < rows[0]["tpgm/binding"] <= 1
 
 
@@ -67,7 +72,7 @@ def test_values_of_each_tensor_on_request(tmp_path: Path) -> None:
     callback = TPGMCallback(log="all")
     watching = Watching(callback)
     rows = fit(tmp_path, callback, watching)
-    for quantity in ("radius", "distance"):
+    for quantity in ("radius", "distance", "ratio", "bound"):
         found = [row for row in rows if f"tpgm_{quantity}/scale" in row]
         assert [row["step"] for row in found] == [3, 7, 11, 12]
         for row in found:
@@ -85,8 +90,8 @@ def test_none(tmp_path: Path) -> None:
     [
         (
             FTPCallback,
-            ["ftp/binding", "ftp/distance", "ftp/mean_ratio", "ftp/min_ratio"],
-            ["ftp_distance", "ftp_radius"],
+            ["ftp/binding", "ftp/bound", "ftp/distance", "ftp/mean_ratio", "ftp/min_ratio", "ftp/pinned"],
+            ["ftp_bound", "ftp_distance", "ftp_radius", "ftp_ratio"],
         ),
         (DiGraPCallback, ["digrap/distance", "digrap/mean_omega"], ["digrap_distance", "digrap_omega"]),
         (SPDCallback, ["spd/distance"], ["spd_distance"]),
@@ -137,7 +142,8 @@ def test_at_fit_end_the_end_is_logged(tmp_path: Path) -> None:
     callback = TPGMCallback(when="fit_end", radius_steps=3, norm="l2")
     rows = [row for row in fit(tmp_path, callback) if "tpgm/distance" in row]
     assert [sorted(row.keys() - {"step"}) for row in rows[:-1]] == [["tpgm/distance"]] * 3
-    assert rows[-1].keys() == {"step", *(f"tpgm/{name}" for name in SUMMARY)}
+    of_one_projection = [name for name in SUMMARY if name not in ("bound", "pinned")]
+    assert rows[-1].keys() == {"step", *(f"tpgm/{name}" for name in of_one_projection)}
     assert rows[-1]["tpgm/distance"] < rows[-2]["tpgm/distance"]
 
 
@@ -156,7 +162,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("tpgm")}
-    each = {f"tpgm_{quantity}/{name}" for quantity in ("radius", "distance") for name in NAMES}
+    each = {f"tpgm_{quantity}/{name}" for quantity in ("radius", "distance", "ratio", "bound") for name in NAMES}
     assert tags == each | {f"tpgm/{name}" for name in SUMMARY}
     for tag in tags:
         end = [] if tag == "tpgm/heldout_loss" else [6]  # it was logged with its update
@@ -183,23 +189,52 @@ def test_several_loggers_all_get_everything(tmp_path: Path) -> None:
         assert {"tpgm/distance", "tpgm/heldout_loss", "tpgm_radius/scale"} <= logger.names
 
 
-def test_held_out_loss_stays_in_the_progress_bar(tmp_path: Path) -> None:
-    """Whatever is logged, at every step."""
+class Bar(pl.Callback):
+    """What the progress bar has of ours, before every batch."""
 
-    class Bar(pl.Callback):
-        shown: list[set[str]]
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.shown: list[dict[str, float]] = []
 
-        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-            self.shown = [
-                *getattr(self, "shown", []),
-                {name.partition("/")[2] for name in trainer.progress_bar_metrics},
-            ]
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        ours = {name: value for name, value in trainer.progress_bar_metrics.items() if name.startswith(self.kind)}
+        self.shown.append(ours)
 
-    for log in ("summary", "none"):
-        bar = Bar()
-        trainer = quiet_trainer(TPGMCallback(log=log), bar, logger=CSVLogger(tmp_path), log_every_n_steps=50)
-        trainer.fit(toy(), train_loader(), val_loader())
-        assert bar.shown[1:] == [{"heldout_loss", "mean_ratio"}] * 5
+
+def test_progress_bar_has_one_short_entry(tmp_path: Path) -> None:
+    """At every step, however seldom the loggers are written to."""
+    callback, bar = TPGMCallback(), Bar("tpgm")
+    trainer = quiet_trainer(callback, bar, logger=CSVLogger(tmp_path), log_every_n_steps=50)
+    trainer.fit(toy(), train_loader(), val_loader())
+    assert [list(shown) for shown in bar.shown[1:]] == [["tpgm"]] * 5
+    ratios = callback._constraint.reporter.history.matrices()["ratio"].mean(dim=1).tolist()
+    assert [shown["tpgm"] for shown in bar.shown[1:]] == pytest.approx(ratios[:5], rel=1e-6)
+    assert len({*ratios}) > 1
+
+
+def test_nothing_in_the_progress_bar_without_logs() -> None:
+    bar = Bar("tpgm")
+    trainer = quiet_trainer(TPGMCallback(log="none"), bar)
+    trainer.fit(toy(), train_loader(), val_loader())
+    assert bar.shown == [{}] * 6
+    assert not [name for name in trainer.callback_metrics if name.startswith("tpgm")]
+
+
+@pytest.mark.parametrize("make", [TQDMProgressBar, RichProgressBar])
+def test_progress_bar_fits_eighty_columns(
+    make: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    trainer = quiet_trainer(TPGMCallback(), make(), enable_progress_bar=True)
+    trainer.fit(toy(), train_loader(), val_loader())
+    out = "".join(capfd.readouterr())
+    lines = [line for line in re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)) if "tpgm" in line]
+    assert lines
+    assert all(len(line) <= 80 for line in lines)
+    assert re.search(r"tpgm(=|: )0\.\d\d", lines[-1])
+    assert "tpgm/" not in out
 
 
 def test_values_can_be_monitored(tmp_path: Path) -> None:

@@ -482,8 +482,10 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr()
     _, callback = project(folder, tmp_path / "b.ckpt", "ckpt")
     assert_same(tensors(tmp_path / "a.ckpt"), tensors(tmp_path / "b.ckpt"))
-    for name, radius in callback.radii.items():
-        assert re.search(rf"{re.escape(name)}\W+{radius:.4g}\W+{callback.distances[name]:.4g}", printed.out)
+    for row in callback.report():
+        numbers = [f"{row[key]:.4g}" for key in ("wanted", "distance", "ratio")]
+        assert re.search(r"\W+".join(map(re.escape, [row["name"], *numbers])), printed.out)
+    assert callback.explain() in " ".join(printed.out.split())
     assert "Learning radii" in printed.err
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
@@ -14,12 +16,24 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.colors import LogNorm, Normalize
-from torch import Tensor
 
-from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, TPGMCallback, WiSEFTCallback, project_checkpoint
+from lightning_tpgm import (
+    DiGraPCallback,
+    FTPCallback,
+    L2SPCallback,
+    TPGMCallback,
+    WiSEFTCallback,
+    constrain,
+    project_checkpoint,
+)
+from lightning_tpgm.methods import FTP
 from lightning_tpgm.observing.history import History
-from lightning_tpgm.observing.plotting import SHOWN_NAMES, plot_layers, plot_steps
-from lightning_tpgm.observing.reporting import print_table, rows_of
+from lightning_tpgm.observing.names import blocks, in_words, shortened
+from lightning_tpgm.observing.plotting import BLUE, ORANGE, ROWS, plot_layers, plot_steps
+from lightning_tpgm.observing.reporting import PINNED, by_block
+from lightning_tpgm.observing.table import print_table
+from lightning_tpgm.observing.verdict import explain
+from lightning_tpgm.projection import MIN_RADIUS
 from properties import assert_same, distances, resolution
 from toys import Toy, quiet_trainer, toy, train_loader, val_loader
 
@@ -38,6 +52,11 @@ def fitted(callback: Any, **options: Any) -> Any:
     return callback
 
 
+def fitted_with(callback: Any, *others: pl.Callback, **options: Any) -> None:
+    torch.manual_seed(0)
+    quiet_trainer(callback, *others, **options).fit(toy(), train_loader(), val_loader())
+
+
 # --- the report
 
 
@@ -50,14 +69,15 @@ def test_report_is_plain_data() -> None:
     assert [row["name"] for row in rows] == [name for name, _ in module.named_parameters()]
     for row, parameter in zip(rows, module.parameters(), strict=True):
         name = row["name"]
-        assert list(row) == ["name", "shape", "radius", "distance", "ratio", "binds"]
+        seen = ["wanted", "allowed", "bound", "pinned"]
+        assert list(row) == ["name", "shape", "radius", "distance", "ratio", "binds", *seen]
         assert row["shape"] == tuple(parameter.shape)
         assert (row["radius"], row["distance"]) == (callback.radii[name], callback.distances[name])
         deviation = parameter.detach().double() - callback.anchor[name].double()
         rounding = max(resolution(parameter, callback.anchor[name], "mars"))
         assert row["distance"] == pytest.approx(max(distances(deviation, "mars")), rel=1e-5, abs=rounding)
         assert row["binds"] is (row["ratio"] < 1)
-        types = {type(row[key]) for key in ("radius", "distance", "ratio")}
+        types = {type(row[key]) for key in ("radius", "distance", "ratio", *seen)}
         assert types == {float}
     assert {row["binds"] for row in rows} == {True, False}
 
@@ -73,40 +93,165 @@ def test_report_after_the_fact(tmp_path: Path) -> None:
     callback = project_checkpoint(
         toy(), toy().state_dict(), tmp_path / "finetuned.pt", val_loader(), radius_steps=2, trainer=quiet_trainer()
     )
-    assert {row["name"]: row["radius"] for row in callback.report()} == callback.radii
-    callback.plot()
+    rows = callback.report()
+    assert {row["name"]: row["radius"] for row in rows} == callback.radii
+    between = {name: value.double() - toy().state_dict()[name].double() for name, value in toy(1).state_dict().items()}
+    for row in rows:  # there is one projection: the last step is all there is
+        assert row["wanted"] == pytest.approx(max(distances(between[row["name"]], "l2")), rel=1e-5)
+        assert row["allowed"] == row["distance"]
+        assert row["allowed"] == pytest.approx(row["ratio"] * row["wanted"], rel=1e-5)
+        assert not {"bound", "pinned"} & row.keys()
+    assert min(row["ratio"] for row in rows) < 0.99
+    _, axes = callback.plot()
+    assert {text.get_text() for text in axes.texts} == {"before", "after"}
+    assert axes.figure.axes[1].get_title("left") == "ratio, %"
+    assert " of the distance" in callback.explain()
+    assert "steps" not in callback.explain()
+
+
+# --- what is counted over the steps
+
+
+class Counting(pl.Callback):
+    """Counts after every step what the report should have counted, from the method's own vectors."""
+
+    def __init__(self, tpgm: Any) -> None:
+        self.tpgm = tpgm
+        self.seen: dict[str, list[tuple[float, float, float]]] = {}  # radius, distance before and after each projection
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        radii = self.tpgm._constraint.method.radii
+        vectors = radii.value.tolist(), radii.reach.tolist(), radii.distance.tolist()
+        for name, *values in zip(radii.names, *vectors, strict=True):
+            self.seen.setdefault(name, []).append(tuple(values))
+
+    def check(self) -> None:
+        rows = self.tpgm.report()
+        assert [row["name"] for row in rows] == list(self.seen)
+        for row in rows:
+            steps = self.seen[row["name"]]
+            expected = {
+                "wanted": sum(before for _, before, _ in steps),
+                "allowed": sum(after for _, _, after in steps),
+                "bound": sum(radius < before for radius, before, _ in steps),
+                "pinned": sum(after < 0.1 * before for _, before, after in steps),
+            }
+            found = {key: row[key] * len(steps) for key in expected}
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+def test_shares_are_those_of_all_steps() -> None:
+    """Those of the last step alone would be 0 or 1."""
+    callback = TPGMCallback()
+    counting = Counting(callback)
+    fitted_with(callback, counting, max_epochs=3)
+    counting.check()
+    assert any(0 < row["bound"] < 1 for row in callback.report())
+
+
+def test_a_tensor_that_thaws_counts_its_own_steps() -> None:
+    class Thaws(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            pl_module.head.requires_grad_(False)
+
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                pl_module.head.requires_grad_(True)
+
+    class AllOfThem(Toy):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    callback = FTPCallback()
+    counting = Counting(callback)
+    torch.manual_seed(0)
+    quiet_trainer(Thaws(), callback, counting, max_epochs=2).fit(AllOfThem(), train_loader(), val_loader())
+    assert {name: len(steps) for name, steps in counting.seen.items()}["head.weight"] == 6
+    counting.check()
+
+
+def test_shares_of_a_schedule_that_ends_at_zero() -> None:
+    """Nothing binds at the last step, which says nothing about the run."""
+
+    class Decays(Toy):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < 20))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    callback = TPGMCallback()
+    torch.manual_seed(0)
+    quiet_trainer(callback, max_epochs=4).fit(Decays(), train_loader(), val_loader())
+    rows = callback.report()
+    assert all(row["ratio"] > 0.999 for row in rows)
+    assert not any(row["binds"] for row in rows)
+    moved = [row for row in rows if row["wanted"] > MIN_RADIUS]
+    assert len(moved) == len(rows) - 1  # the normalisation takes out what the bias before it adds
+    assert all(row["bound"] > 0.5 for row in moved)
+    assert all(row["allowed"] < 0.9 * row["wanted"] for row in moved)
+    assert "held" in callback.explain()
+    assert "backbone.0.bias" not in callback.explain()
+
+
+@pytest.mark.parametrize("make", [FTPCallback, lambda: TPGMCallback(val_loader())])
+def test_counts_go_on_after_a_checkpoint(make: Any, tmp_path: Path) -> None:
+    whole, stopped, resumed = make(), make(), make()
+    loader = train_loader()
+    quiet_trainer(whole, max_epochs=2).fit(toy(), loader, val_loader())
+    trainer = quiet_trainer(stopped, max_epochs=1)
+    trainer.fit(toy(), loader, val_loader())
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    quiet_trainer(resumed, max_epochs=2).fit(toy(), loader, val_loader(), ckpt_path=tmp_path / "stopped.ckpt")
+    assert resumed.report() == whole.report()
+    assert resumed.report() != stopped.report()
+    assert resumed.explain() == whole.explain()
 
 
 # --- the table
 
 
 def test_table_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    fitted(TPGMCallback(summary=True))
+    callback = fitted(TPGMCallback(summary=True))
     out = capsys.readouterr().out
-    for expected in (
-        "TPGMCallback(",
-        "backbone.0.weight",
-        "3×1×3×3",
-        "radius",
-        "distance",
-        "ratio",
-        "binds",
-        "tensors",
-    ):
+    for expected in ("TPGMCallback(", "backbone.0.weight", "wanted", "allowed", "ratio", "bound in steps", "tensors"):
         assert expected in out
+    rows = {row["name"]: row for row in callback.report()}
+    line = next(line for line in out.splitlines() if "hidden.weight" in line)
+    row = rows["hidden.weight"]
+    numbers = row["wanted"], row["allowed"], row["allowed"] / row["wanted"], 100 * row["bound"]
+    assert [float(word) for word in line.split() if word[0].isdigit()] == pytest.approx(numbers, rel=6e-3)
+    assert callback.explain().endswith(".")
+    assert callback.explain() in " ".join(out.split())
     fitted(TPGMCallback())
     assert capsys.readouterr().out == ""
 
 
-def test_table_shows_the_two_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    names = {f"layer{i}": torch.zeros(2) for i in range(9)}
-    print_table("[b]title[/b]", rows_of(names, {"distance": torch.arange(9.0)}), each_end=2)
+def test_table_of_one_projection(capsys: pytest.CaptureFixture[str]) -> None:
+    fitted(TPGMCallback(summary=True, when="fit_end", norm="l2", radius_steps=2))
     out = capsys.readouterr().out
-    shown = [word for word in out.split() if word.startswith("layer")]
-    assert shown == ["layer8", "layer7", "layer1", "layer0"]  # the farthest first
-    assert "5 more" in out
+    assert all(heading in out for heading in ("before", "after", "ratio"))
+    assert "bound in steps" not in out
+    assert "mean distance" not in out
+
+
+def test_table_of_many_tensors_is_by_block(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"layer{i}.{part}" for i in range(9) for part in ("a", "b", "c")]
+    print_table("[b]title[/b]", names, {"distance": torch.ones(27)}, "[b]verdict[/b]")
+    out = capsys.readouterr().out
+    assert [word for word in out.split() if word.startswith("layer")] == [f"layer{i}" for i in range(9)]
+    assert out.count("1.73") == 9  # the root of the sum of squares
     assert "[b]title[/b]" in out  # no markup
-    assert f"9 tensors, total distance {204**0.5:.3g}" in out
+    assert "[b]verdict[/b]" in out
+    assert f"27 tensors, total distance {27**0.5:.3g}" in " ".join(out.split())
+
+
+def test_table_calls_those_pinned_that_were_nearly_always(capsys: pytest.CaptureFixture[str]) -> None:
+    shares = torch.tensor([PINNED - 0.01, PINNED])
+    names, ones = ["seldom", "often"], torch.ones(2)
+    quantities = {"radius": ones, "distance": ones, "wanted": ones, "allowed": ones, "bound": ones, "pinned": shares}
+    print_table("", names, quantities, "")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if "%, pinned" in line] == ["often"]
 
 
 def test_table_needs_rich(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,11 +318,29 @@ def test_checkpoint_without_history_loads(tmp_path: Path) -> None:
     checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
     state = checkpoint["callbacks"][callback.state_key]
     del state["history"], state["method"]["reach"]
+    for name in ("projections", "bound", "pinned", "wanted", "allowed"):
+        del state["method"][name]
     torch.save(checkpoint, tmp_path / "old.ckpt")
     resumed = TPGMCallback()
     quiet_trainer(resumed, max_epochs=2).fit(toy(), train_loader(), val_loader(), ckpt_path=tmp_path / "old.ckpt")
     assert resumed._constraint.reporter.history.steps == [1, 2, 3, 4, 5, 6]
+    assert resumed._constraint.method.radii.projections.tolist() == [6] * len(resumed.radii)  # from here on
     resumed.plot("steps")
+
+
+def test_history_of_a_quantity_that_came_later() -> None:
+    """Checkpoints that were written before it was kept."""
+    history = History()
+    for step in range(200):
+        if history.due():
+            new = {"ratio": torch.full((2,), float(history.count))} if step > 50 else {}
+            history.add({"radius": torch.full((2,), float(history.count)), **new})
+    found = history.matrices()
+    assert found["radius"][:, 0].tolist() == history.steps
+    late = [step for step in history.steps if step > 51]
+    assert found["ratio"].shape == found["radius"].shape
+    assert found["ratio"][-len(late) :, 1].tolist() == late
+    assert bool(found["ratio"][: -len(late)].isnan().all())
 
 
 @pytest.mark.parametrize(("make", "steps"), [(TPGMCallback, range(1, 13)), (L2SPCallback, range(1, 13, 4))])
@@ -203,12 +366,37 @@ def test_plots_of_every_method(make: Any) -> None:
 
 def test_layers_plot_shows_the_report() -> None:
     callback = fitted(TPGMCallback())
-    _, axes = callback.plot()
+    figure, axes = callback.plot()
     drawn = {c.get_label(): c.get_offsets().tolist() for c in axes.collections if not c.get_label().startswith("_")}
-    rows = list(enumerate(callback.report()))
-    assert drawn["radius"] == [[row["radius"], i] for i, row in rows]
-    assert drawn["distance, constraint binds"] == [[row["distance"], i] for i, row in rows if row["binds"]]
-    assert drawn["distance, inside"] == [[row["distance"], i] for i, row in rows if not row["binds"]]
+    rows = callback.report()
+    for end in ("wanted", "allowed"):
+        places = [pytest.approx([row[end], i], rel=1e-6) for i, row in enumerate(rows) if row["wanted"] > MIN_RADIUS]
+        assert [place for place in drawn[end] if None not in place] == places  # others have not moved
+    assert {text.get_text() for text in axes.texts} == {"wanted", "allowed"}
+    (bars,) = (other for other in figure.axes if other is not axes)
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([100 * row["bound"] for row in rows])
+    assert [text.get_text() for text in bars.texts] == [f"{100 * row['bound']:.0f}" for row in rows]
+
+
+def test_layers_plot_marks_what_is_pinned() -> None:
+    ones = torch.ones(2)
+    quantities = {"wanted": ones, "allowed": ones / 2, "bound": ones, "pinned": torch.tensor([0.9, 0.1])}
+    figure, _ = plot_layers(["a", "b"], {"radius": ones, "distance": ones, **quantities}, "")
+    bars = figure.axes[1]
+    assert [text.get_text() for text in bars.texts] == ["100 pinned", "100"]
+    colors = [matplotlib.colors.to_hex(bar.get_facecolor()).upper() for bar in bars.patches]
+    assert colors == [ORANGE, BLUE]
+
+
+def test_ratio_over_the_steps() -> None:
+    callback = fitted(TPGMCallback(), max_epochs=2)
+    _, axes = callback.plot("steps", "ratio")
+    drawn = axes.collections[0].get_array()
+    assert drawn.shape == (len(callback.report()), 12)
+    assert drawn[:, -1].tolist() == pytest.approx([row["ratio"] for row in callback.report()])
+    assert 0 < drawn.min() < 0.9  # a ratio of 0.9 and one of 0.99 have two colours
+    colors = axes.collections[0].to_rgba([0.95, 0.995, 0.9995, 1.0])
+    assert all(abs(one - next_one).max() > 0.05 for one, next_one in pairwise(colors))
 
 
 @pytest.mark.parametrize("quantity", ["distance", "radius"])
@@ -241,21 +429,143 @@ def test_plot_into_given_axes() -> None:
     assert callback.plot("steps", ax=right) == (figure, right)
 
 
-def test_many_tensors_have_every_nth_name_written() -> None:
-    names = [f"{'block.' * 20}{i}" for i in range(150)]
-    values: Tensor = torch.linspace(0, 1, 150)
-    _, axes = plot_layers(names, {"distance": values}, "")
+def resnet(*depths: int) -> list[str]:
+    parts = ["conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "bn2.weight", "bn2.bias"]
+    layers = [
+        f"layer{i}.{block}.{part}" for i, depth in enumerate(depths, 1) for block in range(depth) for part in parts
+    ]
+    return [f"model.{name}" for name in ("conv1.weight", "bn1.weight", "bn1.bias", *layers, "fc.weight", "fc.bias")]
+
+
+def test_many_tensors_are_shown_by_block() -> None:
+    names = resnet(3, 4, 6, 3)
+    _, axes = plot_layers(names, {"distance": torch.linspace(0, 1, len(names))}, "")
     labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert SHOWN_NAMES / 2 < len(labels) <= SHOWN_NAMES
-    assert labels[1] == "…" + names[4][-38:]
+    assert len(labels) <= ROWS
+    assert labels[:4] == ["conv1", "bn1.weight", "bn1.bias", "layer1.0"]
+    assert labels[-2:] == ["fc.weight", "fc.bias"]
+    few = [name for name in names if "layer4.2" in name]
+    _, axes = plot_layers(few, {"distance": torch.ones(len(few))}, "")
+    assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["conv1.weight", "bn1.weight"]
+
+
+def test_blocks_hold_each_tensor_once() -> None:
+    transformer = [f"layers.{i}.{part}.weight" for i in range(80) for part in "qkvo"] + ["embed.weight", "norm.weight"]
+    for names in (resnet(3, 4, 6, 3), resnet(1), transformer, [f"p{i}" for i in range(100)]):
+        for most in (24, 40):
+            found = blocks(names, most)
+            assert sorted(index for indices in found.values() for index in indices) == list(range(len(names)))
+            assert min(most, len(names)) / 4 < len(found) <= most
+    assert "layers.0-3" in blocks(transformer, 24)
+
+
+def test_numbers_of_a_block() -> None:
+    names = [f"{block}.{part}" for block in range(ROWS) for part in "ab"]
+    lengths, shares = torch.tensor([3.0, 4.0]).repeat(ROWS), torch.tensor([0.2, torch.nan]).repeat(ROWS)
+    sizes, found = by_block(names, {"distance": lengths, "bound": shares}, ROWS)
+    assert sizes == {str(block): 2 for block in range(ROWS)}
+    assert found["distance"].tolist() == [5.0] * ROWS
+    assert found["bound"].tolist() == pytest.approx([0.2] * ROWS)  # of those that had a step
+
+
+def test_heat_map_of_many_tensors_is_by_block() -> None:
+    names = resnet(3, 4, 6, 3)
+    _, axes = plot_steps(names, [1, 2, 3], torch.rand(3, len(names)), "", "ratio")
+    assert axes.collections[0].get_array().shape == (len(blocks(names, ROWS)), 3)
+
+
+def test_names_are_shortened_to_what_differs() -> None:
+    assert shortened(["a.b.c.weight", "a.b.d.weight"]) == ["c", "d"]
+    assert shortened(["a.weight", "a.bias"]) == ["weight", "bias"]
+    assert shortened(["a", "a.b"]) == ["a", "a.b"]
+    assert shortened(["only.one"]) == ["only.one"]
+    assert in_words(list("abcdefghi"), [letter not in "bdfh" for letter in "abcdefghi"]) == "a, c and 3 other parts"
+
+
+# --- the verdict
+
+
+def verdict(**shares: list[float]) -> str:
+    """Of tensors of the layers a, b, c, ..."""
+    count = len(shares["bound"])
+    wanted = torch.tensor(shares.pop("wanted", [1.0] * count))
+    quantities = {name: torch.tensor(values) for name, values in shares.items()}
+    names = [f"{letter}.weight" for letter in "abcdefgh"[:count]]
+    return explain(names, {"radius": wanted, "distance": wanted, "wanted": wanted, **quantities})
+
+
+def test_verdict_says_who_was_held() -> None:
+    text = verdict(allowed=[1e-3, 1e-3, 0.8, 0.99], bound=[1, 1, 0.6, 0.1], pinned=[0.8, 0.95, 0, 0])
+    assert text == (
+        "d.weight moved freely: bound in 10 % of the steps. c.weight was held back: bound in 60 % of the steps, and"
+        " allowed 80 % of the distance that was wanted. a.weight and b.weight were pinned: at the pretrained value"
+        " in 80 to 95 % of the steps; lower the learning rate, or exclude them, if accuracy in distribution matters"
+        " more."
+    )
+
+
+def test_verdict_says_no_more_than_the_numbers() -> None:
+    free = verdict(allowed=[1.0, 1.0], bound=[0.0, 0.09], pinned=[0, 0])
+    assert (
+        free == "The whole network moved freely: bound in 0 to 9 % of the steps. So this was nearly plain fine-tuning."
+    )
+    less = verdict(allowed=[1.0, 1.0], bound=[0.0, 0.2], pinned=[0, 0])
+    assert less == "The whole network moved freely: bound in 0 to 20 % of the steps."
+    held = verdict(allowed=[0.9, 0.9], bound=[0.8, 0.8], pinned=[0, 0])
+    assert held.endswith("and allowed 90 % of the distance that was wanted.")  # no advice
+    tight = verdict(allowed=[0.9, 0.4], bound=[0.8, 0.9], pinned=[0, 0])
+    assert "b.weight was held tightly: bound in 90 % of the steps, and allowed 40 %" in tight
+    assert tight.endswith("; lower the learning rate, or exclude it, if accuracy in distribution matters more.")
+    all_pinned = verdict(allowed=[0, 0.0], bound=[1.0, 1.0], pinned=[1.0, 1.0])
+    assert "exclude" not in all_pinned  # nothing would be left
+    still = verdict(allowed=[0.0], bound=[0.0], pinned=[0.0], wanted=[0.0])
+    assert still == "No constrained tensor has moved yet."
+
+
+def test_verdict_names_no_tensor_that_had_no_step() -> None:
+    nan = torch.nan
+    text = verdict(allowed=[0.0, 1.0], wanted=[0.0, 1.0], bound=[nan, 0.2], pinned=[nan, 0.0])
+    assert text == "b.weight moved freely: bound in 20 % of the steps."
+
+
+def test_verdict_has_at_most_three_sentences() -> None:
+    text = verdict(allowed=[0, 0.3, 0.7, 1.0], bound=[1, 1, 0.5, 0.1], pinned=[1.0, 0, 0, 0])
+    assert text.count(". ") == 2
+    assert "tightly" not in text
+
+
+@pytest.mark.parametrize("make", [L2SPCallback, DiGraPCallback, WiSEFTCallback])
+def test_verdict_of_methods_without_radii(make: Any) -> None:
+    callback = make()
+    assert callback.explain() == "Nothing was constrained yet."
+    rows = fitted(callback).report()
+    farthest = max(rows, key=lambda row: row["distance"])
+    text = callback.explain()
+    assert f"{farthest['name']} is farthest with {farthest['distance']:.3g}" in text
+    assert ("%" in text) is ("omega" in farthest)
+    assert "held" not in text
+
+
+def test_verdict_in_a_plain_loop() -> None:
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    constraint = constrain(model, FTP(), optimizer)
+    assert constraint.explain() == "No constrained tensor has moved yet."
+    for _ in range(5):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    assert " of the steps" in constraint.explain()
+    said = constraint.explain()
+    constraint.remove()
+    assert constraint.explain() == said
 
 
 def test_scale_is_logarithmic_where_values_span_decades() -> None:
     even, wide = torch.tensor([[1.0, 2.0]]), torch.tensor([[1e-8, 2.0]])
-    for values, scale, norm in ((even, "linear", Normalize), (wide, "symlog", LogNorm)):
+    for values, scale, norm in ((even, "linear", Normalize), (wide, "log", LogNorm)):
         _, axes = plot_layers(["a", "b"], {"distance": values[0]}, "")
         assert axes.get_xscale() == scale
-        _, axes = plot_steps(["a", "b"], [1], values, "")
+        _, axes = plot_steps(["a", "b"], [1], values, "", "distance")
         assert type(axes.collections[0].norm) is norm
 
 

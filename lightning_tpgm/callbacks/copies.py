@@ -16,7 +16,6 @@ _RUNTIME = {"log", "log_dict"} | {
     "_fitted",
     "_announced",
     "_saw_batch",
-    "_retakes",
 }
 
 

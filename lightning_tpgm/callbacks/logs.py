@@ -26,20 +26,27 @@ class Logs:
 
     Args:
         kind: Of these names.
-        log: What goes to the loggers.
-        in_bar: What the callback itself shows after every batch.
+        log: What goes to the loggers; ``"none"``: nothing, nor to the progress bar.
     """
 
-    def __init__(self, kind: str, log: Log, in_bar: tuple[str, ...] = ()) -> None:
-        self.kind, self.log, self.in_bar = kind, log, in_bar
+    def __init__(self, kind: str, log: Log) -> None:
+        self.kind, self.log = kind, log
 
-    def show(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, values: Mapping[str, Tensor], prog_bar: bool = False
-    ) -> None:
+    def show(self, trainer: pl.Trainer, pl_module: pl.LightningModule, values: Mapping[str, Tensor]) -> None:
         """Log scalars as the module's own, while that is allowed."""
         name = self.name_in(trainer)
-        named = {f"{name}/{key}": value for key, value in values.items()}
-        logger = self.log != "none" and bool(trainer.loggers)
+        self._log(pl_module, {f"{name}/{key}": value for key, value in values.items()}, bool(trainer.loggers), False)
+
+    def in_bar(self, trainer: pl.Trainer, pl_module: pl.LightningModule, value: Tensor) -> None:
+        """Show one number under the method's name in the progress bar.
+
+        On the CPU, because Lightning reads what is in the bar again after every batch.
+        """
+        self._log(pl_module, {self.name_in(trainer): value.cpu()}, False, True)
+
+    def _log(self, pl_module: pl.LightningModule, named: dict[str, Tensor], logger: bool, prog_bar: bool) -> None:
+        if self.log == "none" or not named:
+            return
         if not is_overridden("log", pl_module) and not is_overridden("log_dict", pl_module):
             pl_module.log_dict(named, prog_bar=prog_bar, logger=logger)
             return
@@ -57,8 +64,7 @@ class Logs:
     ) -> None:
         """At a batch whose logs go to the loggers."""
         if quantities and self.log != "none":
-            values = {name: value for name, value in in_short(quantities).items() if name not in self.in_bar}
-            self.show(trainer, pl_module, values)
+            self.show(trainer, pl_module, in_short(quantities))
             self._each(trainer, reporter, anchors, quantities)
 
     def end(

@@ -54,7 +54,6 @@ class MethodCallback(PlainCopies, Callback):
     _KEY = ""  # what logged names begin with
     _METHOD: type[Any] = Method
     _SHOWN: tuple[str, ...] = ()  # the arguments in `repr`; none: the method's own
-    _IN_BAR: tuple[str, ...] = ()  # what the callback itself logs after every batch
 
     def __init__(
         self,
@@ -88,7 +87,7 @@ class MethodCallback(PlainCopies, Callback):
     @override
     def _start_anew(self) -> None:
         """Back to the state of a new callback."""
-        self._logs = Logs(self._KEY, self._logged, self._IN_BAR)
+        self._logs = Logs(self._KEY, self._logged)
         with configuration_errors():
             arguments = self.make_method(), self.anchor_device, self.save_anchor, type(self).__name__
         self._constraint = Constraint(*arguments, rank_zero_warn, rank_zero_info)
@@ -98,7 +97,6 @@ class MethodCallback(PlainCopies, Callback):
         self._fitted: Callable[[], pl.LightningModule | None] = lambda: None  # a weak reference: the last fit's module
         self._announced: Optimizer | None = None  # whose gradients Lightning said were there
         self._saw_batch = False  # in this epoch
-        self._retakes = False  # the anchors, at the first step
 
     @override
     def __repr__(self) -> str:
@@ -119,7 +117,11 @@ class MethodCallback(PlainCopies, Callback):
     def plot(self, over: Over = "layers", quantity: Quantity = "distance", ax: Any = None) -> tuple[Any, Any]:  # noqa: D102
         return self._constraint.plot(over, quantity, ax)
 
+    def explain(self) -> str:  # noqa: D102
+        return self._constraint.explain()
+
     report.__doc__, plot.__doc__ = Constraint.report.__doc__, Constraint.plot.__doc__
+    explain.__doc__ = Constraint.explain.__doc__
 
     # ---- Lightning's hooks
 
@@ -158,7 +160,6 @@ class MethodCallback(PlainCopies, Callback):
         self._constraint.before(step)
 
     def _after_step(self, step: Step) -> None:
-        self._retakes = False
         if self._constraint.method.changes_gradients:
             check_step_was_seen(step.optimizer, self._announced, type(self).__name__)
             self._announced = None
@@ -169,7 +170,7 @@ class MethodCallback(PlainCopies, Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Follows optimizers that were replaced, and takes in parameters that were unfrozen, since the last batch."""
-        if self._retakes and not self._saw_batch:
+        if not self._saw_batch:
             self._constraint.retake(buffers=True)
         self._saw_batch = True
         self._follow(trainer)
@@ -181,11 +182,7 @@ class MethodCallback(PlainCopies, Callback):
     ) -> None:
         """Changes the gradients, if the method does: they are unscaled and not clipped yet."""
         self._announced = optimizer
-        if (
-            self._retakes
-        ):  # the module's own hooks and its step run later than this callback, and may have loaded weights
-            self._constraint.retake()
-            self._retakes = False
+        self._constraint.retake()  # the module's own hooks and its step run later than this callback
         step = self._constraint.steps.step_of(optimizer)
         if step is not None:  # one that was replaced since the batch began is followed no more
             with configuration_errors():
@@ -295,7 +292,6 @@ class MethodCallback(PlainCopies, Callback):
                     warn_of_random_anchors(pl_module, type(self).__name__)
                 self._start_anew()
                 self._constraint.begin(pl_module, candidates, given, path)
-                self._retakes = given is None
         self._loaded = self._given = None
         self._constraint.record_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._fitted = weakref.ref(pl_module)

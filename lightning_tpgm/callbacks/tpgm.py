@@ -80,7 +80,6 @@ class TPGMCallback(WithRadii, MethodCallback):
     _SHOWN = ("radius_lr", "norm", "radius_steps", "every_n_steps", "exclude")
     _METHOD = TPGM
     _KEY = "tpgm"
-    _IN_BAR = ("heldout_loss", "mean_ratio")
 
     def __init__(
         self,
@@ -155,17 +154,15 @@ class TPGMCallback(WithRadii, MethodCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Also shows the held-out loss in the progress bar; warns of skipped updates."""
+        """Also logs the held-out loss, shows the mean ratio in the progress bar, and warns of skipped updates."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         tpgm = self._tpgm
         if tpgm.skipped.device.type != "cpu" and not logs_are_due(trainer):
             return  # to read a value would make the host wait for the device
-        shown = self._scalars()
+        self._logs.show(trainer, pl_module, self._scalars())
         tpgm.heldout_loss = None  # it is logged
         if self._constraint.at_hand and tpgm.radii.names:
-            shown["mean_ratio"] = tpgm.radii.quantities()["ratio"].mean()
-        # on the CPU, because Lightning reads what is in the bar again after every batch
-        self._logs.show(trainer, pl_module, {name: value.cpu() for name, value in shown.items()}, prog_bar=True)
+            self._logs.in_bar(trainer, pl_module, tpgm.radii.quantities()["ratio"].mean())
         self._warn_of_skipped()
 
     @override

@@ -85,7 +85,7 @@ class FTP(Method):
 
     @override
     def quantities(self, tensors: Constrained) -> dict[str, Tensor]:
-        """Radius, distance, ratio and whether it binds."""
+        """What the radii tell."""
         return self.radii.quantities()
 
     @override

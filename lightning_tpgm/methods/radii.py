@@ -31,6 +31,11 @@ class Radii(LearnedScalars):
         pace: How far an optimizer step carries each tensor: a running mean of ``|n - n'|``, not corrected for its start
             at zero. There n is the largest row distance after the step, and n' that after the last projection.
         followed: How many steps that is the mean of, shape (T,).
+        projections: How often each tensor was projected, shape (T,).
+        bound: How often that changed it.
+        pinned: How often that took back nearly all: the tensor was held at its anchor.
+        wanted: Its distance before a projection, the mean of all.
+        allowed: Its distance after a projection, the mean of all.
 
     Raises:
         ValueError: If ``lr`` is neither.
@@ -38,13 +43,20 @@ class Radii(LearnedScalars):
 
     SHARE = 0.5  # of the pace that a radius keeps
     SMOOTHING = 0.95  # of the pace
+    PINNED = 0.1  # a projection that leaves less of a tensor's deviation holds it at its anchor
     _PACE = ("pace", "followed")
-    _MORE = ("distance", "reach", *_PACE)
+    _SEEN = ("projections", "bound", "pinned", "wanted", "allowed")
+    _MORE = ("distance", "reach", *_PACE, *_SEEN)
 
     distance: Tensor
     reach: Tensor
     pace: Tensor
     followed: Tensor
+    projections: Tensor
+    bound: Tensor
+    pinned: Tensor
+    wanted: Tensor
+    allowed: Tensor
 
     def __init__(self, lr: RadiusLr) -> None:
         number = is_number(lr) and lr > 0  # type: ignore[operator]  # only a number is compared
@@ -96,16 +108,33 @@ class Radii(LearnedScalars):
         """Note the largest distances after a projection, from those before it, of the tensors that were moved."""
         self.reach = torch.where(moved, largest, self.reach)
         self.distance = ratio(self.bounds, self.reach) * self.reach
+        self.projections = self.projections + moved
+        bound = moved & self._binds
+        self.bound = self.bound + bound
+        self.pinned = self.pinned + (bound & (self._ratios < self.PINNED))
+        for name, now in (("wanted", self.reach), ("allowed", self.distance)):
+            mean = getattr(self, name)
+            setattr(self, name, torch.where(moved, mean + (now - mean) / self.projections, mean))
 
-    def quantities(self) -> dict[str, Tensor]:
-        """Radius, distance, ratio and whether it binds, as after the last projection."""
-        binds = self.value < self.reach
-        ratios = torch.where(binds, ratio(self.value, self.reach), 1)
-        return {"radius": self.value, "distance": self.distance, "ratio": ratios, "binds": binds}
+    @property
+    def _binds(self) -> Tensor:
+        return self.value < self.reach
+
+    @property
+    def _ratios(self) -> Tensor:
+        return torch.where(self._binds, ratio(self.value, self.reach), 1)
+
+    def quantities(self, over_steps: bool = True) -> dict[str, Tensor]:
+        """What users see, see `lightning_tpgm.observing.reporting`; ``over_steps``: shares of the steps as well."""
+        found = {"radius": self.value, "distance": self.distance, "ratio": self._ratios, "binds": self._binds}
+        found |= {"wanted": self.wanted, "allowed": self.allowed}
+        if over_steps:
+            found |= {"bound": self.bound / self.projections, "pinned": self.pinned / self.projections}
+        return found
 
     def method_state(self) -> dict[str, Any]:
-        """Radii with their Adam state, and the last distances, as they stand in checkpoints."""
-        more = {name: getattr(self, name).cpu() for name in (self._PACE if self.keeps_pace else ())}
+        """Radii with their Adam state, the last distances and the counts, as they stand in checkpoints."""
+        more = {name: getattr(self, name).cpu() for name in (*self._SEEN, *(self._PACE if self.keeps_pace else ()))}
         return {"radii": self.state_dict(), "distances": self.distance.cpu(), "reach": self.reach.cpu(), **more}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
@@ -113,5 +142,5 @@ class Radii(LearnedScalars):
         self.load_state_dict(state["radii"])
         self.distance = state["distances"]
         self.reach = state.get("reach", self.distance)  # older checkpoints have none
-        for name in self._PACE:  # nor have those of another rate
+        for name in (*self._SEEN, *self._PACE):  # nor counts, nor have those of another rate a pace
             setattr(self, name, state.get(name, torch.zeros_like(self.distance)))

@@ -144,8 +144,8 @@ class TPGM(Method):
 
     @override
     def quantities(self, tensors: Constrained) -> dict[str, Tensor]:
-        """Radius, distance, ratio and whether it binds; with ``when="fit_end"`` the distance until then."""
-        return super().quantities(tensors) if self._to_come else self.radii.quantities()
+        """What the radii tell; with ``when="fit_end"`` the distance until then, and no shares of steps."""
+        return super().quantities(tensors) if self._to_come else self.radii.quantities(not self.acts_at_end)
 
     @override
     def growth(self) -> float:

@@ -34,11 +34,12 @@ class History:
         """Record the step that was counted last.
 
         Args:
-            vectors: Shape (T,) each; the same quantities every time.
+            vectors: Shape (T,) each; a quantity that is new has no values at the records before.
         """
-        self.steps.append(self.count)
         for name, vector in vectors.items():
-            self.values.setdefault(name, []).append(vector.detach().to(torch.float32, copy=True))
+            missed = [vector.new_empty(0, dtype=torch.float32) for _ in self.steps]
+            self.values.setdefault(name, missed).append(vector.detach().to(torch.float32, copy=True))
+        self.steps.append(self.count)
         if len(self.steps) == self.LIMIT:
             self.stride *= 2
             del self.steps[1::2]
@@ -69,7 +70,7 @@ class History:
     def with_present(self, quantity: str, present: Tensor) -> tuple[list[int], Tensor]:
         """Steps and matrix of one quantity, ended by its present values if the last step was not recorded."""
         records = {name: list(matrix.unbind()) for name, matrix in self.matrices().items()}.get(quantity, [])
-        steps = self.steps[-len(records) :] if records else []
+        steps = list(self.steps) if records else []
         if not steps or steps[-1] != self.count:
             records, steps = [*records, present.cpu().to(torch.float32)], [*steps, self.count]
         return steps, pad_sequence(records, batch_first=True, padding_value=torch.nan)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+
+from lightning_tpgm.observing.names import end_of, shortened
+from lightning_tpgm.observing.reporting import PINNED, by_block, left
+from lightning_tpgm.projection import MIN_RADIUS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,14 +20,24 @@ if TYPE_CHECKING:
 
 # of Okabe and Ito's palette, which people with any colour vision can tell apart
 BLUE, ORANGE = "#0072B2", "#D55E00"
+GREY = "0.35"
 DECADES = 1e4
 """A logarithmic scale reaches this far below the largest value: radii at their floor of 1e-8 would take all of it."""
-SHOWN_NAMES = 40
-"""More names than these cannot be read in one figure: then only every n-th tensor has its name written."""
+ROWS = 40
+"""More tensors than these cannot be read in one figure: then they are shown by block."""
+RATIOS = (0.0, 0.1, 0.5, 0.9, 0.99, 0.999, 1.0)
+"""The steps of the colours of ratios: a step adds little to the distance of a long run, so most are close to 1."""
+
+
+_EXPLAINED = {
+    "distance": "distance from the pretrained value",
+    "ratio": "what each projection left (1: all, the constraint does not bind)",
+    "bound": "share of the steps so far in which the constraint was bound",
+}
 
 
 def axes_for(ax: Axes | None, width: float = 6.4, height: float = 4.8) -> tuple[Figure, Axes]:
-    """The axes to draw into and their figure, a new one if none are given.
+    """The axes to draw into and their figure, a new one if none are given, in the style of all figures.
 
     Args:
         ax: The user's axes, or None.
@@ -35,101 +51,165 @@ def axes_for(ax: Axes | None, width: float = 6.4, height: float = 4.8) -> tuple[
         from matplotlib import pyplot as plt
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("Plots need matplotlib: pip install 'lightning-tpgm[plots]'.") from error
+    figure = None
     if ax is None:
-        return plt.subplots(figsize=(width, height), layout="constrained")
-    return ax.figure, ax  # type: ignore[return-value]  # a part of a figure will do
+        figure, ax = plt.subplots(figsize=(width, height), layout="constrained")
+    _style(ax)
+    return figure or ax.figure, ax  # type: ignore[return-value]  # a part of a figure will do
 
 
 def plot_layers(
     names: Sequence[str], quantities: Mapping[str, Tensor], title: str, ax: Axes | None = None
 ) -> tuple[Figure, Axes]:
-    """Radius and distance of each tensor, one row a tensor, the first at the top.
+    """What was wanted and what was allowed, one row a tensor or block, the first at the top; shares at the right.
 
     Args:
         names: Of T tensors.
-        quantities: ``distance``, and ``radius``, ``binds`` or ``omega`` if the method has them, shape (T,) each.
+        quantities: See `lightning_tpgm.observing.reporting`, shape (T,) each.
         title: Of the figure.
         ax: Where to draw; None: a new figure.
     """
-    figure, ax = axes_for(ax, width=7.5, height=_height(len(names)))
-    rows = range(len(names))
-    distance = quantities["distance"].tolist()
-    values = list(distance)
-    size = 30 if len(names) <= SHOWN_NAMES else 14
-    ax.hlines(rows, 0, distance, color="0.85", linewidth=1, zorder=1)
-    if "radius" in quantities:
-        radius, binds = quantities["radius"].tolist(), quantities["binds"].tolist()
-        values += radius
-        ax.scatter(radius, rows, s=4 * size, marker="|", color="0.4", label="radius", zorder=2)
-        for label, bound, color in (("distance, constraint binds", True, ORANGE), ("distance, inside", False, BLUE)):
-            chosen = [row for row in rows if binds[row] is bound]
-            ax.scatter([distance[row] for row in chosen], chosen, s=size, color=color, label=label, zorder=3)
+    sizes, shown = by_block(names, quantities, ROWS)
+    figure, ax = axes_for(ax, width=7.5, height=_height(len(sizes)))
+    rows = list(range(len(sizes)))
+    colors = [BLUE] * len(rows)
+    if "pinned" in shown:
+        colors = [ORANGE if share >= PINNED else BLUE for share in shown["pinned"].tolist()]
+    lengths = ("allowed", "wanted") if "wanted" in shown else ("distance",)
+    ends = [shown[name].nan_to_num(nan=0).tolist() for name in lengths]
+    low = _scale(ax, [value for values in ends for value in values])
+    moved = [end > MIN_RADIUS for end in ends[-1]]  # the others have no place on a logarithmic scale
+    ends = [[max(v, low) if here else math.nan for v, here in zip(values, moved, strict=True)] for values in ends]
+    if len(ends) == 2:
+        allowed, wanted = ends
+        ax.hlines(rows, allowed, wanted, color=colors, linewidth=2, alpha=0.35, zorder=1)
+        ax.scatter(allowed, rows, s=60, marker="|", color=colors, label="allowed", zorder=2)
+        ax.scatter(wanted, rows, s=18, color=colors, label="wanted", zorder=3)
+        _name_ends(ax, allowed, wanted, ("allowed", "wanted") if "bound" in shown else ("after", "before"))
     else:
-        ax.scatter(distance, rows, s=size, color=BLUE, label="distance", zorder=3)
-    ax.set(title=title, xlabel="distance from the pretrained value")
-    _scale(ax, values)
-    if "omega" in quantities:
-        ax.scatter(quantities["omega"].tolist(), rows, s=size, marker="D", color=ORANGE, label="omega", zorder=2)
-        ax.set_xlabel("distance from the pretrained value; omega")
-    if len(ax.collections) > 2:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / _height(len(names))), ncols=3, frameon=False)
-    _name_rows(ax, names)
-    ax.set_ylim(len(names) - 0.4, -0.6)
+        ax.scatter(ends[0], rows, s=18, color=BLUE, label="distance", zorder=3)
+    if "bound" in shown:
+        _bars(ax, shown["bound"], colors, "bound, % of steps", shown["pinned"])
+    elif "ratio" in shown:
+        _bars(ax, left(shown), colors, "ratio, %")
+    elif "omega" in shown:
+        _bars(ax, shown["omega"], colors, "omega, %")
+    ax.set_title(title, loc="left", fontsize="medium")
+    ax.set_xlabel("distance from the pretrained value" + (", mean over the steps" if "bound" in shown else ""))
+    _name_rows(ax, list(sizes))
+    ax.set_ylim(len(rows) - 0.4, -0.6)
     return figure, ax
 
 
+def _name_ends(ax: Axes, left_end: Sequence[float], right_end: Sequence[float], words: tuple[str, str]) -> None:
+    """Write what the ends of the lines are beside those of the longest one."""
+    to_axes = ax.transScale + ax.transLimits
+    ends = [[float(to_axes.transform((value, 0))[0]) for value in values] for values in (left_end, right_end)]
+    lengths = [b - a for a, b in zip(*ends, strict=True)]
+    row = max(range(len(lengths)), key=lambda index: lengths[index] if lengths[index] >= 0 else -1)
+    inside = lengths[row] > 0.3
+    for values, word, side in ((left_end, words[0], -1), (right_end, words[1], 1)):
+        leans = "left" if (side < 0) == inside else "right"
+        offset = (2, 1) if inside else (5 * side, 0)
+        ax.annotate(
+            word,
+            (values[row], row),
+            (offset[0] if leans == "left" else -abs(offset[0]), offset[1]),
+            textcoords="offset points",
+            ha=leans,
+            va="bottom" if inside else "center",
+            fontsize="x-small",
+            color=GREY,
+        )
+
+
+def _bars(ax: Axes, shares: Tensor, colors: Sequence[str], title: str, pinned: Tensor | None = None) -> None:
+    """Shares as bars at the right of the axes, each with its number."""
+    from mpl_toolkits.axes_grid1 import make_axes_locatable  # type: ignore[import-untyped]
+
+    right = make_axes_locatable(ax).append_axes("right", size="28%", pad=0.15, sharey=ax)
+    _style(right)
+    rows, percent = range(len(shares)), (100 * shares.nan_to_num(nan=0)).tolist()
+    right.barh(rows, percent, height=0.6, color=colors, alpha=0.5)
+    for row, share in enumerate(percent):
+        word = " pinned" if pinned is not None and float(pinned[row]) >= PINNED else ""
+        right.text(2, row, f"{share:.0f}{word}", va="center", fontsize="x-small")
+    right.set(xlim=(0, 108))
+    right.set_title(title, loc="left", fontsize="small")
+    right.tick_params(labelleft=False, labelbottom=False, left=False, bottom=False)
+
+
 def plot_steps(
-    names: Sequence[str], steps: Sequence[int], values: Tensor, title: str, ax: Axes | None = None
+    names: Sequence[str], steps: Sequence[int], values: Tensor, title: str, quantity: str, ax: Axes | None = None
 ) -> tuple[Figure, Axes]:
-    """A heat map of one quantity: one row a tensor, the first at the top, by optimizer steps.
+    """A heat map of one quantity: one row a tensor or block, the first at the top, by optimizer steps.
 
     Args:
         names: Of T tensors.
         steps: The R steps that were recorded, increasing.
         values: Shape (R, T); what is not a number stays blank.
         title: Of the figure.
+        quantity: What the values are.
         ax: Where to draw; None: a new figure.
     """
-    figure, ax = axes_for(ax, width=7.5, height=_height(len(names)))
-    from matplotlib.colors import LogNorm, Normalize
+    by_step = [by_block(names, {quantity: row}, ROWS) for row in values]
+    sizes = by_step[0][0]
+    values = torch.stack([shown[quantity] for _, shown in by_step])
+    figure, ax = axes_for(ax, width=7.5, height=_height(len(sizes)))
+    from matplotlib.colors import BoundaryNorm, LogNorm, Normalize
 
-    finite = values[values.isfinite() & (values > 0)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 1.0)
-    log = high > 20 * low > 0
-    norm = LogNorm(max(low, high / DECADES), high) if log else Normalize(0, high)
     edges = [(a + b) / 2 for a, b in pairwise(steps)]
     edges = [steps[0] - 0.5, *edges, steps[-1] + 0.5]
-    bounds = [row - 0.5 for row in range(len(names) + 1)]
-    values = values.clamp(min=low / 2) if log else values  # a logarithm of 0 would be blank
+    bounds = [row - 0.5 for row in range(len(sizes) + 1)]
+    finite = values[values.isfinite() & (values > 0)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 1.0)
+    log = quantity in ("distance", "radius") and high > 20 * low > 0
+    extend = "min" if log and low < high / DECADES else "neither"
+    norm: Normalize
+    if quantity == "ratio":
+        norm, extend = BoundaryNorm(RATIOS, 256, extend="max"), "max"
+    elif log:
+        norm = LogNorm(max(low, high / DECADES), high)
+        values = values.clamp(min=low / 2)  # a logarithm of 0 would be blank
+    else:
+        norm = Normalize(0, high if quantity in ("distance", "radius") else 1)
     mesh = ax.pcolormesh(edges, bounds, values.T.numpy(), norm=norm, cmap="cividis")
-    figure.colorbar(mesh, ax=ax, extend="min" if log and low < high / DECADES else "neither")
-    ax.set(title=title, xlabel="optimizer step")
-    _name_rows(ax, names)
-    ax.set_ylim(len(names) - 0.5, -0.5)
+    bar = figure.colorbar(mesh, ax=ax, extend=extend, format="%g")
+    bar.ax.tick_params(labelsize="small", color=GREY)
+    ax.set_title(f"{title}: {_EXPLAINED.get(quantity, quantity)}", loc="left", fontsize="medium")
+    ax.set(xlabel="optimizer step")
+    ax.grid(visible=False)
+    _name_rows(ax, list(sizes))
+    ax.set_ylim(len(sizes) - 0.5, -0.5)
     return figure, ax
 
 
+def _style(ax: Axes) -> None:
+    """Of all figures: few lines, so that the data are seen."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="x", color="0.92")
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize="small", color=GREY)
+
+
 def _height(rows: int) -> float:
-    return 1.6 + 0.2 * min(max(rows, 8), SHOWN_NAMES)
+    return 1.6 + 0.2 * min(max(rows, 8), ROWS)
 
 
-def _name_rows(ax: Axes, names: Sequence[str]) -> None:
-    every = -(-len(names) // SHOWN_NAMES)
-    shown = range(0, len(names), every)
-    ax.set_yticks(list(shown), [_short(names[row]) for row in shown], fontsize="x-small")
+def _name_rows(ax: Axes, labels: Sequence[str]) -> None:
+    every = -(-len(labels) // ROWS)
+    short = [end_of(label) for label in shortened(labels)]
+    ax.set_yticks(list(range(0, len(labels), every)), short[::every], fontsize="x-small")
 
 
-def _short(name: str, length: int = 36) -> str:
-    """The end of a long name says most.
-
-    >>> _short("model.text_model.encoder.layers.11.self_attn.k_proj.weight")
-    '…oder.layers.11.self_attn.k_proj.weight'
-    """
-    return name if len(name) <= length + 2 else f"…{name[-length - 2 :]}"
-
-
-def _scale(ax: Axes, values: Sequence[float]) -> None:
+def _scale(ax: Axes, values: Sequence[float]) -> float:
+    """A scale on which the values can be told apart, and its least value."""
     positive = [value for value in values if value > 0]
-    if positive and max(positive) > 20 * min(positive):
-        ax.set_xscale("symlog", linthresh=max(min(positive), max(positive) / DECADES))
-    ax.set_xlim(left=0)
+    if not positive or max(positive) < 20 * min(positive):
+        ax.set_xlim(0, 1.2 * max(values, default=0) or 1)
+        return 0.0
+    low = max(min(positive), max(positive) / DECADES)
+    margin = (max(positive) / low) ** 0.12
+    ax.set_xscale("log")
+    ax.set_xlim(low / margin, max(positive) * margin)
+    return low

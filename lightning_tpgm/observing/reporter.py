@@ -10,11 +10,13 @@ from torch import Tensor
 from lightning_tpgm.observing.history import History
 from lightning_tpgm.observing.leaving import Leaving
 from lightning_tpgm.observing.plotting import plot_layers, plot_steps
-from lightning_tpgm.observing.reporting import PER_TENSOR, Row, by_name, print_table, rows_of
+from lightning_tpgm.observing.reporting import PER_TENSOR, Row, by_name, rows_of
+from lightning_tpgm.observing.table import print_table
+from lightning_tpgm.observing.verdict import explain
 from lightning_tpgm.observing.watch import Watch
 
 Over = Literal["layers", "steps"]
-Quantity = Literal["distance", "radius", "omega"]
+Quantity = Literal["distance", "radius", "ratio", "bound", "omega"]
 Quantities = Mapping[str, Tensor]
 
 
@@ -72,9 +74,13 @@ class Reporter:
         return found
 
     def print_table(self, title: str, anchors: Mapping[str, Tensor]) -> None:
-        """Print the tensors that moved most and least, if there was a fit."""
+        """Print what was wanted and what was allowed, and the verdict, if there was a fit."""
         if self.last:
-            print_table(title, rows_of(anchors, self.last))
+            print_table(title, list(anchors), self.last, self.explain(anchors, {}))
+
+    def explain(self, anchors: Mapping[str, Tensor], quantities: Quantities) -> str:
+        """The verdict in words; waits for the device."""
+        return explain(list(anchors), {name: vector.cpu() for name, vector in (quantities or self.last).items()})
 
     def plot(
         self, anchors: Mapping[str, Tensor], quantities: Quantities, over: Over, quantity: Quantity, ax: Any
@@ -91,7 +97,7 @@ class Reporter:
         if quantity not in now:
             raise ValueError(f"`quantity` should be one of {[q for q in PER_TENSOR if q in now]}, found {quantity!r}.")
         steps, matrix = self.history.with_present(quantity, now[quantity])
-        return plot_steps(names, steps, matrix, f"{title}: {quantity}", ax)
+        return plot_steps(names, steps, matrix, title, quantity, ax)
 
     def troubles(self, quantities: Quantities, sizes: Callable[[], Tensor], growth: float) -> Iterator[str]:
         """What goes wrong silently, each once; see `lightning_tpgm.observing.watch.Watch.look`."""

@@ -1,8 +1,17 @@
 """What a method did to the constrained tensors, in few numbers.
 
-Quantities are vectors of shape (T,) for T constrained tensors: the ``distance`` of each from its anchor, its
-``radius``, the ``ratio`` that the projection left of the deviation of its farthest row (1: inside the ball), whether
-the constraint ``binds``, and ``omega`` (DiGraP).
+Quantities are vectors of shape (T,) for T constrained tensors:
+
+- ``distance``: of each from its anchor;
+- ``omega`` (DiGraP);
+- ``radius``;
+- ``ratio``: what the last projection left of the deviation of the farthest row, 1: inside the ball;
+- ``binds``: whether that was less than all;
+- ``wanted``, ``allowed``: the distance before and after a projection, as a mean over the tensor's steps;
+- ``bound``: in which share of its steps a projection changed it;
+- ``pinned``: in which share it left nearly nothing, see `lightning_tpgm.methods.radii.Radii.PINNED`.
+
+After the fact there is one projection: its ``wanted`` and ``allowed``, and no shares of steps.
 """
 
 from __future__ import annotations
@@ -13,8 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PER_TENSOR = ("radius", "distance", "omega")
+from lightning_tpgm.observing.names import blocks
+
+PER_TENSOR = ("radius", "distance", "ratio", "bound", "omega")
 """The quantities that are logged and kept for each tensor."""
+PINNED = 0.8
+"""A tensor that was held at its anchor in at least this share of its steps is called pinned."""
 Row = dict[str, Any]
 
 
@@ -31,6 +44,8 @@ def in_short(quantities: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "ratio" in quantities:
         ratio, binds = quantities["ratio"], quantities["binds"]
         found |= {"mean_ratio": ratio.mean(), "min_ratio": ratio.min(), "binding": binds.to(ratio).mean()}
+    if "bound" in quantities:
+        found |= {"bound": quantities["bound"].nanmean(), "pinned": (quantities["pinned"] >= PINNED).float().mean()}
     if "omega" in quantities:
         found["mean_omega"] = quantities["omega"].mean()
     return found
@@ -60,44 +75,33 @@ def rows_of(tensors: Mapping[str, Tensor], quantities: Mapping[str, Tensor]) -> 
     ]
 
 
-def print_table(title: str, rows: Sequence[Row], each_end: int = 10) -> None:
-    """Print the tensors that moved most and least, the farthest first, with rich.
+def left(quantities: Mapping[str, Tensor]) -> Tensor:
+    """Which share of the distance that was wanted was allowed, shape (T,); 1 where nothing was wanted.
 
-    Args:
-        title: Stands above the table.
-        rows: From `rows_of`, at least one.
-        each_end: How many tensors are shown at each end.
+    >>> left({"wanted": torch.tensor([2.0, 0.0]), "allowed": torch.tensor([0.5, 0.0])})
+    tensor([0.2500, 1.0000])
     """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    ordered = sorted(rows, key=lambda row: row["distance"], reverse=True)
-    left_out = max(0, len(ordered) - 2 * each_end)
-    numbers = [column for column in ("radius", "distance", "ratio", "omega") if column in rows[0]]
-    table = Table(title=escape(title), caption=_caption(rows, numbers))
-    table.add_column("tensor", overflow="fold")
-    table.add_column("shape")
-    for column in numbers:
-        table.add_column(column, justify="right")
-    if "binds" in rows[0]:
-        table.add_column("binds")
-    for index, row in enumerate(ordered):
-        if left_out and each_end <= index < each_end + left_out:
-            if index == each_end:
-                table.add_row(f"... {left_out} more")
-            continue
-        cells = [escape(row["name"]), "×".join(map(str, row["shape"])), *(f"{row[column]:.3g}" for column in numbers)]
-        if "binds" in row:
-            cells.append("yes" if row["binds"] else "no")
-        table.add_row(*cells)
-    Console().print(table)
+    return torch.where(quantities["wanted"] > 0, quantities["allowed"] / quantities["wanted"], 1)
 
 
-def _caption(rows: Sequence[Row], numbers: Sequence[str]) -> str:
-    total = sum(row["distance"] ** 2 for row in rows) ** 0.5
-    caption = f"{len(rows)} tensors, total distance {total:.3g}"
-    if "ratio" in numbers:
-        mean = sum(row["ratio"] for row in rows) / len(rows)
-        caption += f", {sum(row['binds'] for row in rows)} constraints bind, mean ratio {mean:.3g}"
-    return caption
+def by_block(
+    names: Sequence[str], quantities: Mapping[str, Tensor], most: int
+) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """The quantities of each block of tensors, where there are more than ``most``; see `names.blocks`.
+
+    Distances are the root of the sum of squares over a block's tensors, the others their mean.
+
+    Returns:
+        How many tensors each block has, by its label, and the quantities, shape (blocks,) each.
+    """
+    found = blocks(names, most)
+    each = [torch.tensor(indices) for indices in found.values()]
+    quantities = {name: vector.to(torch.float32) for name, vector in quantities.items()}
+    lengths = ("radius", "distance", "wanted", "allowed")
+    of_blocks = {
+        name: torch.stack(
+            [vector[at].square().nansum(-1).sqrt() if name in lengths else vector[at].nanmean(-1) for at in each]
+        )
+        for name, vector in quantities.items()
+    }
+    return {label: len(indices) for label, indices in found.items()}, of_blocks

@@ -44,8 +44,16 @@ class Shown:
         """What the method did so far, one dict per constrained tensor; empty before the first fit.
 
         Keys: ``name``, ``shape`` and ``distance`` (from the pretrained value: the largest row distance in the norm
-        mars, else the Frobenius norm). Methods with radii have ``radius``, ``ratio`` (what the last projection left of
-        the deviation of the farthest row; 1: inside the ball) and ``binds``; DiGraP has ``omega``.
+        mars, else the Frobenius norm). DiGraP has ``omega``. Methods with radii have
+
+        - ``radius``, and ``ratio``: what the last projection left of the deviation of the farthest row;
+        - ``binds``: whether that was less than all;
+        - ``wanted``, ``allowed``: the distance before and after a projection, as a mean over the tensor's steps;
+        - ``bound``: the share of its steps in which a projection changed it;
+        - ``pinned``: the share of its steps in which one left less than a tenth: the tensor was held at its anchor.
+
+        After the fact (``when="fit_end"``, `project_checkpoint`) there is one projection: ``wanted`` is the distance
+        before it, ``allowed`` the one after it, and there are no shares of steps.
         ``pandas.DataFrame(callback.report())`` makes a table of it.
 
         With parameters split over processes (FSDP2, tensor parallel) every process must call it.
@@ -56,9 +64,10 @@ class Shown:
         """Draw what the method did, after or during a fit.
 
         Args:
-            over: ``"layers"``: radius and distance of each tensor now, from the input's side of the network to the
-                output's. ``"steps"``: a heat map of one quantity, tensors by optimizer steps.
-            quantity: What the heat map shows.
+            over: ``"layers"``: what was wanted and what was allowed of each tensor, and in which share of its steps it
+                was bound, from the input's side of the network to the output's. ``"steps"``: a heat map of one
+                quantity, tensors by optimizer steps. More than 40 tensors are shown by block.
+            quantity: What the heat map shows, a key of `report`: ``"ratio"`` shows when the constraint held.
             ax: Matplotlib axes to draw into; None: a new figure.
 
         Returns:
@@ -69,3 +78,10 @@ class Shown:
             ValueError: For an argument out of its range, before the first fit, or if the method has no such quantity.
         """
         return self.reporter.plot(self.anchors.joined, self.quantities(), over, quantity, ax)
+
+    def explain(self) -> str:
+        """The verdict in up to three sentences: which part was held, for how much of the run, what that suggests.
+
+        With parameters split over processes every process must call it.
+        """
+        return self.reporter.explain(self.anchors.joined, self.quantities())
