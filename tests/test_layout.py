@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lightning_tpgm.layout
 from lightning_tpgm.layout import Layout
-from lightning_tpgm.norms import Norm, deviation
+from lightning_tpgm.norms import Norm, deviation, from_sums
 from lightning_tpgm.projection import project, ratio
 
 SHAPES = [(), (1,), (7,), (0,), (3, 5), (5, 3), (1, 15), (0, 4), (4, 0), (4, 3, 2, 2), (2, 3, 3)]
@@ -69,7 +69,7 @@ def test_rows_and_projections_are_those_of_one_tensor(
     w, a, g = (layout.arrange(tensors) for tensors in (weights, anchors, grads))
     deviations = [deviation(*pair) for pair in zip(weights, anchors, strict=True)]
     expected = [row_distance(d, norm) for d in deviations]
-    found = layout.distances(w, a)
+    found = from_sums(layout.sums(w, a), norm)
     torch.testing.assert_close(rows_in_order(layout, found, len(shapes)), one_by_one(expected))
     dots = [row_dot(grad, d, norm) for grad, d in zip(grads, deviations, strict=True)]
     torch.testing.assert_close(rows_in_order(layout, layout.dots(g, w, a), len(shapes)), one_by_one(dots))
@@ -188,5 +188,5 @@ def test_long_rows_are_summed_exactly() -> None:
     anchor = torch.zeros(2**18)
     layout = Layout([anchor], "l2")
     moved = layout.arrange([torch.full_like(anchor, 1e-3)])
-    for found in (layout.distances(moved, layout.arrange([anchor])), layout.norms(moved)):
-        torch.testing.assert_close(found, torch.tensor([0.512]), rtol=1e-6, atol=0)
+    found = from_sums(layout.sums(moved, layout.arrange([anchor])), "l2")
+    torch.testing.assert_close(found, torch.tensor([0.512]), rtol=1e-6, atol=0)
