@@ -18,7 +18,8 @@ def sums(weight: Tensor, anchor: Tensor, norm: Norm) -> Tensor:
         norm: ``"mars"`` or ``"l2"``.
 
     Returns:
-        Shape (R,), float32 at least. Those of a row's parts can be added; `lightning_tpgm.norms.from_sums` then gives n.
+        Shape (R,), float32 at least. Those of a row's parts can be added. Then `lightning_tpgm.norms.from_sums` makes
+        n of them.
     """
     d = deviation(weight, anchor)
     # in place: the block is still in the cache, a result of its own would push it out. Not by `vector_norm`: on a CPU
