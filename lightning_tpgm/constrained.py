@@ -111,7 +111,8 @@ class Constrained:
 
     @cached_property
     def _row_sizes(self) -> Tensor:
-        return self._sharding.distances(self._layout.norms(self.anchors))
+        zeros = self._layout.arrange([None] * len(self.names))
+        return self.distances(self._layout.sums(self.anchors, zeros))
 
     def _local(self) -> list[Tensor]:
         return [local(parameter) for parameter in self.parameters]
@@ -151,13 +152,37 @@ class Constrained:
 
     # ---- measuring; collective where tensors are split over processes
 
-    def rows(self, weights: Matrices, copies: Matrices | None = None) -> Tensor:
+    def rows(self, weights: Matrices, copies: Sequence[Tensor] = ()) -> Tensor:
         """n, the distance of every row, shape (rows,); the weights are copied on the way, if that is asked for."""
-        if copies is None:
-            parts = self._layout.distances(weights, self.anchors)
-        else:
-            parts = self._layout.copied_distances(weights, self.anchors, copies)
-        return self._sharding.distances(parts)
+        return self.distances(self._layout.sums(weights, self.anchors, copies))
+
+    def step_sums(
+        self,
+        weights: Matrices,
+        previous: Matrices,
+        gradients: Sequence[Tensor | None],
+        copies: Sequence[Tensor | None] = (),
+        directions: bool = False,
+    ) -> Tensor:
+        """What a step asks of this process's part of every row, in one pass over the memory of all that enters.
+
+        Args:
+            weights: W.
+            previous: The weights at the step before, W0 + D_prev.
+            gradients: G: this process's parts, one per tensor; None counts as zeros.
+            copies: The weights are written into these parts on the way, one per tensor; None is left alone.
+            directions: Whether <G_row, D_row> and <G_row, G_row> are asked for, too.
+
+        Returns:
+            <G_row, D_prev_row>; what adds up to n of D_prev, and of D, for `distances`, or in l2 for `total`; the two
+            above. Shape (3, rows) or (5, rows).
+        """
+        copies = copies or [None] * len(self.names)
+        return self._layout.step_sums(weights, previous, self.anchors, self.arrange(gradients), copies, directions)
+
+    def distances(self, sums: Tensor) -> Tensor:
+        """n of every row from what adds up to it, any shape (..., rows)."""
+        return self._sharding.distances(sums)
 
     def largest(self, rows: Tensor) -> Tensor:
         """The largest value among each tensor's rows, shape (T,)."""
@@ -175,16 +200,12 @@ class Constrained:
         """The norm of each anchor, that of its largest row, shape (T,)."""
         return self.largest(self._row_sizes)
 
-    def norm_of(self, matrices: Matrices) -> Tensor:
-        """The norm of each tensor itself, shape (T,)."""
-        return self.largest(self._sharding.distances(self._layout.norms(matrices)))
-
     def dots(self, gradients: Matrices, weights: Matrices) -> Tensor:
         """<G_row, D_row> of this process's part of every row, shape (rows,)."""
         return self._layout.dots(gradients, weights, self.anchors)
 
     def total(self, rows: Tensor) -> Tensor:
-        """The sum over all rows of each whole tensor, shape (T,)."""
+        """The sum over all rows of each whole tensor, shape (..., T) from (..., rows)."""
         return self._sharding.total(self._layout.total(rows))
 
     def of_rows(self, values: Tensor) -> Tensor:

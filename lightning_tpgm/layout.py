@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_tpgm import blocks
-from lightning_tpgm.norms import Norm, matrix_shape, row_norm
+from lightning_tpgm.norms import Norm, matrix_shape
 from lightning_tpgm.projection import is_coarse
 
 SHARED = 2**14
@@ -82,21 +82,40 @@ class Layout:
 
     # ---- rows
 
-    def distances(self, weights: Matrices, anchors: Matrices) -> Tensor:
-        """n of every row, see `lightning_tpgm.blocks.distances`."""
-        return self._of_rows(partial(blocks.distances, norm=self._kind), self._norm, weights, anchors)
+    def sums(self, weights: Matrices, anchors: Matrices, copies: Sequence[Tensor] = ()) -> Tensor:
+        """What adds up to n of every row, see `lightning_tpgm.blocks.sums`.
 
-    def copied_distances(self, weights: Matrices, anchors: Matrices, copies: Matrices) -> Tensor:
-        """Like `distances`; the weights are written into the copies on the way, while they are in the cache."""
-        return self._of_rows(partial(blocks.copied_distances, norm=self._kind), self._norm, weights, anchors, copies)
-
-    def norms(self, matrices: Matrices) -> Tensor:
-        """The norm of every row itself."""
-        return self._of_rows(lambda matrix: self._norm(matrix.to(self.dtype)), self._norm, matrices)
+        Args:
+            weights: W.
+            anchors: W0.
+            copies: The weights are written into them on the way, while they are in the cache.
+        """
+        return self._of_rows(partial(blocks.sums, norm=self._kind), weights, anchors, copies=copies)
 
     def dots(self, gradients: Matrices, weights: Matrices, anchors: Matrices) -> Tensor:
         """<G_row, D_row> of every row."""
-        return self._of_rows(blocks.dots, lambda parts: parts.sum(dim=1), gradients, weights, anchors)
+        return self._of_rows(blocks.dots, gradients, weights, anchors)
+
+    def step_sums(
+        self,
+        weights: Matrices,
+        previous: Matrices,
+        anchors: Matrices,
+        gradients: Matrices,
+        copies: Sequence[Tensor | None],
+        directions: bool,
+    ) -> Tensor:
+        """What a step asks of every row, see `lightning_tpgm.blocks.step_sums`, shape (3, rows) or (5, rows).
+
+        The weights are written into the copies, one for each tensor, on the way; None is left alone.
+        """
+        targets = [None if group.is_missing(copies) else group.to_write(copies, reads=False) for group in self._groups]
+        function = partial(blocks.step_sums, norm=self._kind, directions=directions)
+        found = self._of_rows(function, weights, previous, anchors, gradients, copies=targets)
+        for group, target in zip(self._groups, targets, strict=True):
+            if target is not None:
+                group.write(target, copies)
+        return found
 
     def project(
         self, tensors: Sequence[Tensor | None], weights: Matrices, anchors: Matrices, ratios: Tensor, inside: bool
@@ -152,19 +171,20 @@ class Layout:
         """A block of an anchor that is kept elsewhere comes to the tensors' device for as long as it is used."""
         return block.to(self._device, non_blocking=True)
 
-    def _norm(self, matrix: Tensor) -> Tensor:
-        return row_norm(matrix, (1,), self._kind).squeeze(1)
-
     def _of_rows(
-        self, function: Callable[..., Tensor], combine: Callable[[Tensor], Tensor], *operands: Matrices
+        self, function: Callable[..., Tensor], *operands: Matrices, copies: Sequence[Tensor | None] = ()
     ) -> Tensor:
-        """A function of every row, block by block; `combine` joins the values of a row that is several blocks."""
+        """Sums over every row, block by block, shape (..., rows); the first operand is written into the copies."""
         found = []
-        for group, *matrices in zip(self._groups, *operands, strict=True):
-            parts = [function(*(self._here(matrix[block]) for matrix in matrices)) for block in group.blocks]
-            value = combine(torch.stack(parts, dim=1)) if group.one_row else torch.cat(parts)
-            found.append(value.to(self.dtype))
-        return torch.cat(found) if found else torch.empty(0, dtype=self.dtype, device=self._device)
+        for group, copy, *matrices in zip(self._groups, copies or [None] * len(operands[0]), *operands, strict=True):
+            parts = []
+            for block in group.blocks:
+                parts.append(function(*(self._here(matrix[block]) for matrix in matrices)))
+                if copy is not None:
+                    copy[block].copy_(matrices[0][block])
+            rows = torch.cat(parts, dim=-1)
+            found.append((rows.sum(dim=-1, keepdim=True) if group.one_row else rows).to(self.dtype))
+        return torch.cat(found, dim=-1) if found else torch.empty(0, dtype=self.dtype, device=self._device)
 
     # ---- from rows to tensors and back
 
@@ -177,11 +197,12 @@ class Layout:
         return rows.new_full((self._count,), torch.inf).scatter_reduce(0, self.tensor_of_row, rows, "amin")
 
     def total(self, rows: Tensor) -> Tensor:
-        """The sum over each tensor's rows, shape (T,)."""
+        """The sum over each tensor's rows, shape (..., T) from (..., rows)."""
         # not by `index_add`: on a GPU its order changes, and processes would differ in the last digits
-        parts = zip(self._groups, rows.split(self._sizes), strict=True)  # type: ignore[no-untyped-call]
-        sums = torch.cat([part.view(len(group.indices), group.rows_each).sum(dim=1) for group, part in parts])
-        return torch.empty_like(sums).index_copy(0, self._tensors, sums)
+        parts = zip(self._groups, rows.split(self._sizes, dim=-1), strict=True)  # type: ignore[no-untyped-call]
+        each = [part.unflatten(-1, (len(group.indices), group.rows_each)).sum(dim=-1) for group, part in parts]
+        sums = torch.cat(each, dim=-1)
+        return torch.empty_like(sums).index_copy(-1, self._tensors, sums)
 
     def scalar(self) -> Tensor:
         """A scalar of the device and dtype of what is computed."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_tpgm.layout import Layout
-from lightning_tpgm.norms import Norm, row_dims
+from lightning_tpgm.norms import Norm, from_sums, row_dims
 
 try:
     from torch.distributed.fsdp import FSDPModule
@@ -78,7 +78,7 @@ class Sharding:
     """
 
     def __init__(self, parameters: Sequence[Tensor], layout: Layout, norm: Norm) -> None:
-        self._power = 1 if norm == "mars" else 2
+        self._norm = norm
         # for each group of processes the indices of the tensors split over it: all of them, and those whose rows are
         split: dict[dist.ProcessGroup, list[int]] = {}
         rows_split: dict[dist.ProcessGroup, list[int]] = {}
@@ -95,13 +95,13 @@ class Sharding:
         self._split = {group: layout.on_device(indices, torch.long) for group, indices in split.items()}
         self._rows_split = {group: layout.rows_of(indices) for group, indices in rows_split.items()}
 
-    def distances(self, distances: Tensor) -> Tensor:
-        """The distances of whole rows from those of their parts, shape (rows,)."""
+    def distances(self, sums: Tensor) -> Tensor:
+        """The norms of whole rows from the sums of their parts, see `lightning_tpgm.blocks.sums`, (..., rows)."""
         for group, rows in self._rows_split.items():
-            parts = distances[rows] ** self._power
+            parts = sums.index_select(-1, rows)
             dist.all_reduce(parts, group=group)
-            distances = distances.index_copy(0, rows, parts ** (1 / self._power))
-        return distances
+            sums = sums.index_copy(-1, rows, parts)
+        return from_sums(sums, self._norm)
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest value of each whole tensor from those of its parts, shape (T,)."""
@@ -112,14 +112,14 @@ class Sharding:
         return self._reduce(values, dist.ReduceOp.MIN)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over the processes that hold parts of each tensor, shape (T,)."""
+        """The sum over the processes that hold parts of each tensor, shape (..., T)."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def _reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         for group, indices in self._split.items():
-            part = values[indices]
+            part = values.index_select(-1, indices)
             dist.all_reduce(part, op=op, group=group)
-            values = values.index_copy(0, indices, part)
+            values = values.index_copy(-1, indices, part)
         return values
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lightning_tpgm.layout
 from lightning_tpgm.layout import Layout
-from lightning_tpgm.norms import Norm, deviation
+from lightning_tpgm.norms import Norm, deviation, from_sums
 from lightning_tpgm.projection import project, ratio
 
 SHAPES = [(), (1,), (7,), (0,), (3, 5), (5, 3), (1, 15), (0, 4), (4, 0), (4, 3, 2, 2), (2, 3, 3)]
@@ -69,7 +69,7 @@ def test_rows_and_projections_are_those_of_one_tensor(
     w, a, g = (layout.arrange(tensors) for tensors in (weights, anchors, grads))
     deviations = [deviation(*pair) for pair in zip(weights, anchors, strict=True)]
     expected = [row_distance(d, norm) for d in deviations]
-    found = layout.distances(w, a)
+    found = from_sums(layout.sums(w, a), norm)
     torch.testing.assert_close(rows_in_order(layout, found, len(shapes)), one_by_one(expected))
     dots = [row_dot(grad, d, norm) for grad, d in zip(grads, deviations, strict=True)]
     torch.testing.assert_close(rows_in_order(layout, layout.dots(g, w, a), len(shapes)), one_by_one(dots))
@@ -89,6 +89,44 @@ def test_rows_and_projections_are_those_of_one_tensor(
     layout.project(weights, kept, layout.arrange(anchors), ratios, inside=False)
     for tensor, value in zip(weights, projected, strict=True):
         torch.testing.assert_close(tensor, value)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=12),
+    norm=st.sampled_from(["mars", "l2"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    directions=st.booleans(),
+    last=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_one_pass_gives_what_a_step_asks_for(
+    shapes: list[tuple[int, ...]], norm: Norm, dtype: torch.dtype, directions: bool, last: bool, seed: int
+) -> None:
+    """The copies may be the previous weights, and those of every third tensor are left alone."""
+    weights, previous, anchors, grads = (some(shapes, seed + i, dtype) for i in range(4))
+    moved, before = ([deviation(*pair) for pair in zip(of, anchors, strict=True)] for of in (weights, previous))
+    expected = [
+        [row_dot(g, d, norm) for g, d in zip(grads, before, strict=True)],
+        [row_distance(d, norm) for d in before],
+        [row_distance(d, norm) for d in moved],
+        [row_dot(g, d, norm) for g, d in zip(grads, moved, strict=True)],
+        [row_dot(g, g.to(d.dtype), norm) for g, d in zip(grads, moved, strict=True)],
+    ]
+    layout = Layout(weights, norm)
+    w, p, a, g = (layout.arrange(tensors) for tensors in (weights, previous, anchors, grads))
+    targets = previous if last else some(shapes, seed + 4, dtype)
+    kept = [None if index % 3 == 0 else target for index, target in enumerate(targets)]
+    left = [
+        weight if index % 3 else target.clone()
+        for index, (target, weight) in enumerate(zip(targets, weights, strict=True))
+    ]
+    sums = layout.step_sums(w, p, a, g, kept, directions)
+    sums[1:3] = from_sums(sums[1:3], norm)
+    assert len(sums) == (5 if directions else 3)
+    for found, values in zip(sums, expected, strict=False):
+        torch.testing.assert_close(rows_in_order(layout, found, len(shapes)), one_by_one(values))
+    assert all(map(torch.equal, targets, left))
 
 
 @pytest.mark.parametrize("norm", ["mars", "l2"])
@@ -188,5 +226,5 @@ def test_long_rows_are_summed_exactly() -> None:
     anchor = torch.zeros(2**18)
     layout = Layout([anchor], "l2")
     moved = layout.arrange([torch.full_like(anchor, 1e-3)])
-    for found in (layout.distances(moved, layout.arrange([anchor])), layout.norms(moved)):
-        torch.testing.assert_close(found, torch.tensor([0.512]), rtol=1e-6, atol=0)
+    found = from_sums(layout.sums(moved, layout.arrange([anchor])), "l2")
+    torch.testing.assert_close(found, torch.tensor([0.512]), rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""The peer: the paper's algorithm written down as it reads."""
+"""The peers: the algorithms of the papers on TPGM and FTP, written down as they read."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_tpgm.norms import Norm
-from lightning_tpgm.projection import legal_radius, ratio
+from lightning_tpgm.projection import EPS, MIN_RADIUS, legal_radius, ratio
+
+
+def row_norms(d: Tensor, norm: Norm) -> Tensor:
+    """The norm of every row, of a shape that broadcasts against the tensor."""
+    dims = tuple(range(1 if norm == "mars" and d.ndim > 1 else 0, d.ndim))
+    return torch.linalg.vector_norm(d, ord=1 if norm == "mars" else 2, dim=dims, keepdim=True)
 
 
 class Naive:
@@ -33,8 +40,7 @@ class Naive:
         found = {}
         for name, parameter in model.named_parameters():
             d, radius = parameter.detach() - self.anchor[name], self.radii[name]
-            dims = tuple(range(1 if self.norm == "mars" and d.ndim > 1 else 0, d.ndim))
-            n = torch.linalg.vector_norm(d, ord=1 if self.norm == "mars" else 2, dim=dims, keepdim=True)
+            n = row_norms(d, self.norm)
             with torch.no_grad():
                 radius.copy_(legal_radius(n.min() / 2 if self.is_first else radius, n.max()))
             found[name] = self.anchor[name] + ratio(radius, n) * d
@@ -51,3 +57,48 @@ class Naive:
         with torch.no_grad():
             for parameter, value in zip(module.model.parameters(), self.projected(module.model).values(), strict=True):
                 parameter.copy_(value)
+
+
+class NaiveFTP:
+    """A step of FTP around any optimizer, tensor after tensor.
+
+    Args:
+        optimizer: Its present weights are the anchor.
+        norm: ``"mars"`` or ``"l2"``.
+    """
+
+    LR, BETA1, BETA2, ADAM_EPS = 1e-2, 0.9, 0.999, 1e-8
+
+    def __init__(self, optimizer: Optimizer, norm: Norm) -> None:
+        self.optimizer, self.norm, self.steps = optimizer, norm, 0
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.anchors = [p.detach().clone() for p in self.parameters]
+        self.radii, self.m, self.v = ([p.new_zeros(()) for p in self.parameters] for _ in range(3))
+        self.directions = [torch.zeros_like(anchor) for anchor in self.anchors]  # c / n of the step before
+
+    def step(self) -> None:
+        """The optimizer's step, and the projection."""
+        self.optimizer.step()
+        self.project()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """The radii from the gradients of the step, and the projection."""
+        self.steps += 1
+        for i, parameter in enumerate(self.parameters):
+            if parameter.grad is None:
+                continue
+            c = parameter - self.anchors[i]
+            n = row_norms(c, self.norm) + EPS
+            if self.steps == 1:
+                self.radii[i] = torch.full_like(self.radii[i], MIN_RADIUS)
+            else:
+                slope = (parameter.grad * self.directions[i]).sum()
+                self.m[i] = self.BETA1 * self.m[i] + (1 - self.BETA1) * slope
+                self.v[i] = self.BETA2 * self.v[i] + (1 - self.BETA2) * slope**2
+                m = self.m[i] / (1 - self.BETA1**self.steps)
+                v = self.v[i] / (1 - self.BETA2**self.steps)
+                self.radii[i] = self.radii[i] - self.LR * m / (v.sqrt() + self.ADAM_EPS)
+            self.radii[i] = legal_radius(self.radii[i], n.max())
+            parameter.copy_(self.anchors[i] + (self.radii[i] / n).clamp(0, 1) * c)
+            self.directions[i] = c / n

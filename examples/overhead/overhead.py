@@ -1,8 +1,8 @@
 """What the constraint costs: time of each method's own work in a step, against the floor, and memory.
 
 Everything is timed in one process and in alternating rounds, so that what else the machine does falls on all alike:
-a plain training step, the evaluation that TPGM cannot do without, a copy of the weights, each method, and a naive
-transcription of the paper's algorithm. About 45 minutes on two cores; `--quick` takes some minutes.
+a plain training step, the evaluation that TPGM cannot do without, a copy of the weights, each method, and naive
+transcriptions of TPGM and FTP. About 45 minutes on two cores; `--quick` takes some minutes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.constraint import Constraint
 from lightning_tpgm.methods import TPGM, Step
 from models import CLASSES, MODELS, Tiny, growing
-from naive import Naive
+from naive import Naive, NaiveFTP
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 8, 32)
@@ -85,7 +85,7 @@ class Clock(pl.Callback):
         rounds: How often.
         seconds: No further round starts later than this.
         warm_up: Rounds before them that are not counted.
-        peer: Whether the naive transcription is timed, too.
+        peer: Whether the naive transcriptions are timed, too.
     """
 
     def __init__(self, methods: list[str], rounds: int, seconds: float, peer: bool, warm_up: int = 1) -> None:
@@ -107,7 +107,7 @@ class Clock(pl.Callback):
             callback.on_train_start(trainer, pl_module)
             constraints[name] = callback._constraint  # its steps are taken by hand, not by the optimizer
             constraints[name].steps.stop()
-        naive = Naive(pl_module, "mars") if self.peer else None
+        naive, naive_ftp = (Naive(pl_module, "mars"), NaiveFTP(optimizer, "mars")) if self.peer else (None, None)
         weights, copy = ([p.detach().clone() for p in parameters] for _ in range(2))
 
         def plain() -> None:
@@ -149,6 +149,9 @@ class Clock(pl.Callback):
             if naive is not None:
                 optimizer.step()
                 times["naive"] = [seconds(naive, pl_module, batch)]
+            if naive_ftp is not None:
+                optimizer.step()
+                times["naive FTP"] = [seconds(naive_ftp.project)]
             if round_ >= 0:
                 for name, values in times.items():
                     self.times.setdefault(name, []).extend(values)

@@ -70,24 +70,23 @@ class DiGraP(Method):
     def change_gradients(self, tensors: Constrained, step: Step) -> None:
         """Updates omega, then g := g - omega g_proj where there is a conflict."""
         grads, weights = tensors.gradients(), tensors.weights()
-        gradients, previous = tensors.arrange(grads), self.unstepped.of(tensors)
-        present = [grad is not None for grad in grads]
+        previous, present = self.unstepped.of(tensors), [grad is not None for grad in grads]
         stepping, known = tensors.vector(present), self.unstepped.known(tensors)
+        copies = self._newer.memory(tensors, present)
+        sums = tensors.step_sums(weights, previous, grads, copies, directions=True)
+        dots, old_squared, squared, inner, size_squared = tensors.total(sums)
         self._next = copy(self.omegas)
         with self._next.of(tensors) as omegas:
             # <g_t, g_proj_(t-1)> normalised: on conflict g_proj is a negative multiple of D
-            norms = tensors.norm_of(gradients) * tensors.distance(previous)
-            dots = tensors.total(tensors.dots(gradients, previous))
+            norms = size_squared.sqrt() * old_squared.sqrt()
             slope = torch.where(norms > 0, -omegas.lr_used * dots / norms, 0)
             omegas.adam(slope, where=stepping & known & slope.isfinite())
             omegas.value = omegas.value.clamp(0, 1)
 
-            inner, squared = tensors.total(tensors.dots(gradients, weights)), tensors.distance(weights).square()
             conflict = (inner < 0) & inner.isfinite()
             shares = torch.where(conflict, omegas.value * inner / squared, 0)
             lr = torch.where(conflict, tensors.learning_rates(step.optimizer), 0)
             omegas.lr_used = torch.where(stepping, lr, omegas.lr_used)
-        self._newer.remember(tensors, present)
         self._stepping = [name for name, here in zip(tensors.names, present, strict=True) if here]
         tensors.add_deviations(grads, weights, -shares)
 

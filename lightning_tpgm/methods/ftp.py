@@ -60,12 +60,13 @@ class FTP(Method):
     @override
     def after(self, tensors: Constrained, step: Step) -> None:
         """Updates the radii from the gradient that the step used, and projects the weights."""
-        grads, weights = tensors.gradients(), tensors.weights()
-        rows = tensors.rows(weights)
-        largest = tensors.largest(rows)
+        grads, weights, previous = tensors.gradients(), tensors.weights(), self.unprojected.of(tensors)
         present = [grad is not None for grad in grads]
         stepped, known = tensors.vector(present), self.unprojected.known(tensors)
-        slope = self._slope(tensors, grads)
+        sums = tensors.step_sums(weights, previous, grads, copies=self.unprojected.memory(tensors, present))
+        previous_rows, rows = tensors.distances(sums[1:])
+        slope = tensors.total(sums[0] / (previous_rows + EPS))  # dgamma; 0 without gradient, meaningless if not known
+        largest = tensors.largest(rows)
         with self.radii.of(tensors) as radii:
             radii.start(torch.full_like(radii.value, MIN_RADIUS))
             radii.follow(largest, stepped)
@@ -73,15 +74,8 @@ class FTP(Method):
             # Adam counts the optimizer's steps: the next is t = 2
             radii.step = torch.where(stepped & ~known, 1, radii.step)
             radii.clamp(largest + EPS, where=stepped)
-            self.unprojected.remember(tensors, present)
             tensors.project(weights, rows, radii.bounds, moved=present)
             radii.projected(largest, moved=stepped)
-
-    def _slope(self, tensors: Constrained, grads: Sequence[Tensor | None]) -> Tensor:
-        """dgamma of each tensor, shape (T,), 0 for those without gradient; meaningless without a previous step."""
-        previous = self.unprojected.of(tensors)
-        dots = tensors.dots(tensors.arrange(grads), previous)
-        return tensors.total(dots / (tensors.rows(previous) + EPS))
 
     @override
     def quantities(self, tensors: Constrained) -> dict[str, Tensor]:

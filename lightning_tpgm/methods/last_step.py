@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_tpgm.anchors import capture, to_cpu
@@ -28,18 +27,17 @@ class LastStep:
         named = zip(tensors.names, tensors.parameters, strict=True)
         return tensors.arrange([local(self.weights.get(name, present)) for name, present in named])
 
-    def remember(self, tensors: Constrained, which: Sequence[bool]) -> None:
-        """Keep the present weights of some tensors, in the memory of those of their last step."""
-        present = {
-            name: parameter
-            for name, parameter, chosen in zip(tensors.names, tensors.parameters, which, strict=True)
-            if chosen
-        }
-        known = [name for name in present if name in self.weights]
-        if known:
-            mine, theirs = ([local(of[name]) for name in known] for of in (self.weights, present))
-            torch._foreach_copy_(mine, theirs)
-        self.weights |= {name: capture(p, p) for name, p in present.items() if name not in self.weights}
+    def memory(self, tensors: Constrained, which: Sequence[bool]) -> list[Tensor | None]:
+        """Where the present weights of some tensors are to be copied to, None for the others: over the remembered ones.
+
+        That of a tensor without any is made here, and holds its present weights.
+        """
+        found: list[Tensor | None] = []
+        for name, parameter, chosen in zip(tensors.names, tensors.parameters, which, strict=True):
+            if chosen and name not in self.weights:
+                self.weights[name] = capture(parameter, parameter)
+            found.append(local(self.weights[name]) if chosen else None)
+        return found
 
     def swap(self, newer: LastStep, names: Sequence[str]) -> None:
         """Take over what was remembered of some tensors there; there goes on in the memory of what that replaces."""
