@@ -31,6 +31,7 @@ from lightning_tpgm.callbacks.surroundings import (
     check_step_was_seen,
     check_strategy,
     no_state,
+    steps_of,
     warn_of_no_steps,
     warn_of_random_anchors,
 )
@@ -276,13 +277,12 @@ class MethodCallback(PlainCopies, Callback):
         reshard(pl_module)
         self._constraint.steps.stop()
         state, given, same = self._loaded, self._given, self._fitted() is pl_module
-        path = path_of(self.pretrained)
         known = self._constraint.anchors.origin != "none"
         fresh = trainer.fit_loop.total_batch_idx < 0
         with configuration_errors():
             candidates = constrainable(pl_module, self.exclude, buffers=self._constraint.method.constrains_buffers)
             if state is not None:
-                self._constraint.restore(pl_module, candidates, state, given, path)
+                self._constraint.restore(pl_module, candidates, state, given, path_of(self.pretrained))
             elif known and same and not fresh and trainer.ckpt_path is None:
                 self._constraint.go_on(pl_module, candidates, given)
             else:
@@ -291,8 +291,9 @@ class MethodCallback(PlainCopies, Callback):
                 if given is None:
                     warn_of_random_anchors(pl_module, type(self).__name__)
                 self._start_anew()
-                self._constraint.begin(pl_module, candidates, given, path)
+                self._constraint.begin(pl_module, candidates, given, path_of(self.pretrained))
         self._loaded = self._given = None
         self._constraint.record_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        self._constraint.reporter.run = steps_of(trainer)
         self._fitted = weakref.ref(pl_module)
         check_something_to_do(trainer, pl_module, self)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
     from lightning_tpgm.callbacks.method import MethodCallback
 
 _AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}  # by name: older releases of Lightning lack the second
+
+
+def steps_of(trainer: pl.Trainer) -> float:
+    """How many optimizer steps the fit will have; infinite if nobody can know."""
+    with suppress(MisconfigurationException):  # accumulation that changes from epoch to epoch
+        return float(trainer.estimated_stepping_batches)
+    return math.inf
 
 
 def check_strategy(trainer: pl.Trainer, title: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class Reporter:
         self.leaving = Leaving()
         self.last: Quantities = {}  # at the end of the fit, on the CPU
         self._watch = Watch()
+        self.run = math.inf  # optimizer steps, as far as anybody knows
 
     def record(self, quantities: Callable[[], Quantities], every: int) -> None:
         """Called after each optimizer step; ``every`` is how often the quantities are asked for at most."""
@@ -102,7 +104,7 @@ class Reporter:
     def troubles(self, quantities: Quantities, sizes: Callable[[], Tensor], growth: float) -> Iterator[str]:
         """What goes wrong silently, each once; see `lightning_tpgm.observing.watch.Watch.look`."""
         if quantities:
-            for trouble in self._watch.look(self.history.count, quantities, sizes, growth):
+            for trouble in self._watch.look(self.history.count, quantities, sizes, growth, self.run):
                 yield f"{self.title}: {trouble}"
 
     def outside(self, names: Sequence[str]) -> Iterator[str]:

@@ -14,7 +14,7 @@ class Watch:
     """Follows the quantities of `lightning_tpgm.observing.reporting` and says each trouble once."""
 
     PATIENCE = 100  # steps until something should have moved
-    LONG = 500  # steps for which every constraint may bind while the radii grow as fast as they can
+    SHARE = 0.5  # of a run: for so long every constraint may bind while the radii grow as fast as they can
     RESOLUTION = 1e-6  # of an anchor's size: a smaller movement is none
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Watch:
         self._at_bound_since: tuple[int, Tensor] | None = None  # and the radii then
 
     def look(
-        self, step: int, quantities: Mapping[str, Tensor], sizes: Callable[[], Tensor], growth: float
+        self, step: int, quantities: Mapping[str, Tensor], sizes: Callable[[], Tensor], growth: float, run: float
     ) -> Iterator[str]:
         """The troubles that are new; waits for the device.
 
@@ -32,14 +32,15 @@ class Watch:
             quantities: Shape (T,) each.
             sizes: Gives the norm of each anchor, shape (T,); asked for once.
             growth: By how much a radius can grow in a step.
+            run: How many steps the run will have; infinite if nobody knows.
         """
-        for trouble, text in self._troubles(step, quantities, sizes, growth):
+        for trouble, text in self._troubles(step, quantities, sizes, growth, run):
             if trouble not in self._said:
                 self._said.add(trouble)
                 yield text
 
     def _troubles(
-        self, step: int, quantities: Mapping[str, Tensor], sizes: Callable[[], Tensor], growth: float
+        self, step: int, quantities: Mapping[str, Tensor], sizes: Callable[[], Tensor], growth: float, run: float
     ) -> Iterator[tuple[str, str]]:
         if step >= self.PATIENCE and "moved" not in self._said:
             self._said.add("moved")  # one look is enough
@@ -72,14 +73,14 @@ class Watch:
             self._at_bound_since = None
         elif self._at_bound_since is None:
             self._at_bound_since = step, radius.clone()
-        elif step - self._at_bound_since[0] >= self.LONG:
+        elif step - self._at_bound_since[0] >= max(self.SHARE * run, self.PATIENCE):
             since, radius_then = self._at_bound_since
             grown = float((radius - radius_then).median()) if radius.shape == radius_then.shape else 0.0
             if grown > growth * (step - since) / 2:
                 yield (
                     "bound",
-                    f"For {step - since} optimizer steps all {len(radius)} constraints have been at their bound, while"
-                    " the radii grew about as fast as they can: `radius_lr` sets how far the weights get, not the data."
-                    " Raise `radius_lr`; choose it by accuracy on held-out data in distribution.",
+                    f"For {step - since} of {run:g} optimizer steps all {len(radius)} constraints have been at their"
+                    " bound, while the radii grew about as fast as they can: `radius_lr` sets how far the weights get,"
+                    " not the data. Use `radius_lr` = 'auto', or raise it.",
                 )
             self._at_bound_since = step, radius.clone()  # judge the next stretch by itself
