@@ -70,6 +70,8 @@ def cell(pairs: Sequence[tuple[Result, Result]], domains: Sequence[str]) -> str:
     mean = fmean(result.mean(domains) for result, _ in pairs)
     if all(result == other for result, other in pairs):
         return f"{mean:.1f}"
+    if len(pairs) == 1:
+        return f"{mean:.1f} (one run)"
     difference, error = mean_and_error([result.mean(domains) - other.mean(domains) for result, other in pairs])
     return f"{mean:.1f} ({difference:+.1f} ± {error:.1f})"
 
