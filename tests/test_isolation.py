@@ -145,19 +145,66 @@ def test_what_does_not_change_is_not_copied() -> None:
     module = Teaching(in_place, WIDE)
     step = [torch.randn(2, FEATURES), torch.zeros(2, dtype=torch.long)]
     isolation, trainer = Isolation(), trainer_in(Path())
-    changing = sum(parameter.numel() for parameter in module.teacher.parameters())
+    changing = module.teacher.weight.numel()
     for _ in range(3):
         with Sizes() as sizes, isolation.no_trace(trainer, module, list(module.student.parameters())):
             module.loss(step)
         assert changing <= sizes.cloned < changing + SMALL
-    before = module.frozen.weight.detach().clone()
+
+
+def test_change_that_torch_does_not_show_is_an_error() -> None:
+    """An operation of a compiled function, for instance, writes without a word and counts the tensor's version up."""
+    module = Bare()
+    module.frozen = nn.Linear(FEATURES, WIDE).requires_grad_(False)
     with (
         pytest.raises(MisconfigurationException, match=r"changed 'frozen.weight'.*`loss`"),
-        isolation.no_trace(trainer, module),
-        torch.no_grad(),
+        no_trace(trainer_in(Path()), module),
     ):
-        module.frozen.weight.add_(1)
-    assert not torch.equal(module.frozen.weight, before)
+        torch.autograd.graph.increment_version(module.frozen.weight)
+
+
+@pytest.mark.parametrize("tensor", ["parameter", "buffer", "own buffer", "in a dict"])
+@pytest.mark.parametrize("size", [4, SMALL + 1])
+@pytest.mark.parametrize("update", UPDATES)
+def test_what_begins_to_change_late_is_put_back(update: Any, size: int, tensor: str) -> None:
+    """A teacher that moves every second step, or after a warm-up."""
+    module = Bare()
+    module.norm = nn.BatchNorm1d(size).requires_grad_(False)
+    module.register_buffer("queue", torch.zeros(size))
+    module.shadow = {"mean": torch.zeros(size)}
+    found = {
+        "parameter": module.norm.weight,
+        "buffer": module.norm.running_var,
+        "own buffer": module.queue,
+        "in a dict": module.shadow["mean"],
+    }[tensor]
+    assert isinstance(found, Tensor)
+    before, version, memory = found.detach().clone(), found._version, found.data_ptr()
+    isolation, trainer = Isolation(), trainer_in(Path())
+    for evaluation in range(4):
+        with isolation.no_trace(trainer, module), torch.no_grad():
+            if evaluation % 2:
+                update(found, torch.full((size,), 7.0))
+                assert not torch.equal(found, before)
+        assert torch.equal(found, before)
+        assert (found._version, found.data_ptr()) == (version, memory)
+
+
+def test_what_training_changes_between_evaluations_stays() -> None:
+    """In place, past the version, and by other memory: the next evaluation puts back what it found."""
+    module = Bare()
+    module.small, module.large = (nn.Parameter(torch.zeros(size)) for size in (4, SMALL + 1))
+    isolation, trainer = Isolation(), trainer_in(Path())
+    for value, update in enumerate([in_place, through_data, swapped_data, at_once] * 2):
+        with torch.no_grad():
+            for tensor in (module.small, module.large):
+                update(tensor, torch.full_like(tensor, value + 1))
+        before = [tensor.detach().clone() for tensor in (module.small, module.large)]
+        with isolation.no_trace(trainer, module), torch.no_grad():
+            module.small.data.add_(1)
+            module.large.data.add_(1)
+        assert torch.equal(module.small, before[0])
+        assert torch.equal(module.large, before[1])
 
 
 def test_averages_in_a_dict_are_put_back() -> None:

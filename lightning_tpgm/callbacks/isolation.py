@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_tpgm.callbacks.framework import is_overridden, isolate_rng, pl, rank_zero_warn
-from lightning_tpgm.callbacks.memory import ATOMS, Memory, same_items
+from lightning_tpgm.callbacks.memory import ATOMS, Known, Memory, same_items
 from lightning_tpgm.callbacks.silence import silent
 from lightning_tpgm.callbacks.structure import Structure
-from lightning_tpgm.callbacks.weights import Known, Weights, without_subclass
+from lightning_tpgm.callbacks.weights import Weights, without_subclass
 
 __all__ = ["Isolation", "isolated_generators", "no_trace", "without_subclass"]
 
@@ -36,8 +36,8 @@ class Isolation:
 
     - what the step does to the outside world: files, printed text, its own threads;
     - what is opaque: objects of the standard library that are no containers, arrays in files, sparse tensors;
-    - containers of more than a thousand entries, and large arrays, if the first evaluation left them alone. Of these
-      only what is appended is taken off again.
+    - containers of more than a thousand entries: only what is appended is taken off again;
+    - large arrays that the first evaluation left alone, and large tensors that are written to through numpy.
     """
 
     def __init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import weakref
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Collection, MutableMapping
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tpgm.callbacks.framework import classes
-from lightning_tpgm.callbacks.weights import SMALL, Known
+from lightning_tpgm.callbacks.weights import SMALL
 
 ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 MANY = 1_000  # entries of a container: of more only those that are appended are taken back
@@ -40,6 +41,23 @@ _PLAIN = frozenset(
     {SimpleNamespace, Namespace, *Namespace.__mro__, random.Random, AbstractContextManager, ContextDecorator}
 )
 _MISSING = object()
+
+
+class Known:
+    """What evaluations have shown of each object: whether they change it. Forgets objects that are gone."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[weakref.ref[Any], bool]] = {}
+
+    def changes(self, value: Any) -> bool | None:
+        """Whether an evaluation changed it; None if none has seen it yet."""
+        ref, changes = self._found.get(id(value), (None, None))
+        return changes if ref is not None and ref() is value else None
+
+    def learn(self, value: Any, changes: bool) -> None:
+        """Remember it."""
+        key = id(value)
+        self._found[key] = weakref.ref(value, lambda _: self._found.pop(key, None)), changes
 
 
 class Memory:
