@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import warnings
@@ -562,7 +563,19 @@ class TakesAll(Classifier):
         super().log(f"mine/{args[0]}", *args[1:], **kwargs)
 
 
-@pytest.mark.parametrize(("kind", "prefix"), [(OwnLog, ""), (OwnLogDict, ""), (TakesAll, "mine/")])
+class IsNoFunction(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: Any = logging.getLogger("a project's own")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log.info("a step")
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    validation_step: Any = training_step
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [(OwnLog, ""), (OwnLogDict, ""), (TakesAll, "mine/"), (IsNoFunction, "")])
 def test_own_log_of_a_module_gets_what_it_takes(kind: Any, prefix: str, tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, callbacks=[TPGMCallback(DataLoader(Blobs().val, 8))])
     trainer.fit(kind(), Blobs())

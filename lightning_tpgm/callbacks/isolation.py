@@ -77,7 +77,7 @@ class Isolation:
             stack.enter_context(isolated_generators())
             structure, values = self._structure(pl_module)
             self._keep(pl_module, structure, values, evaluated, stack)
-            stack.enter_context(silent(trainer, structure.loggable))
+            stack.enter_context(silent(trainer))
             stack.callback(setattr, trainer, "should_stop", trainer.should_stop)
             stack.enter_context(structure.evaluating(values, eval_mode))
             for metric in structure.metrics:

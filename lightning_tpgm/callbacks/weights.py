@@ -49,7 +49,8 @@ class Weights:
             self._seen, self._fixed = fixed, _Group(fixed, _can_watch(fixed))
         groups = [self._fixed, _Group(loose, self._fixed.can_watch)]
         for group in groups:
-            group.small.take()
+            for small in group.small:
+                small.take()
         others = [tensor for group in groups for tensor in group.others]
         watched = [tensor for group in groups for tensor in group.watched]
         versions = [(tensor, tensor._version) for tensor in [*others, *watched]]
@@ -63,7 +64,7 @@ class Weights:
             for group in filter(_Group.is_elsewhere, groups):
                 restored |= group.point_back()
             with ExitStack() as stack:  # all of them, also after one that raises
-                for put_back in [group.small.put_back for group in groups] + [
+                for put_back in [s.put_back for group in groups for s in group.small] + [
                     copy.put_back for copy in copies.values()
                 ]:
                     stack.callback(put_back)
@@ -96,7 +97,11 @@ class _Group:
         self._plain = [tensor for tensor in usable if not _is_composed(tensor)]
         self._aliases = [tensor.data for tensor in self._plain]  # the same memory
         self._pointers = list(map(_pointer, self._plain))  # to it
-        self.small = _SmallCopies([tensor for tensor in self._plain if tensor.numel() <= SMALL])
+        alike: dict[Any, list[Tensor]] = {}  # a GPU copies those of one type at once
+        for tensor in self._plain:
+            if tensor.numel() <= SMALL:
+                alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        self.small = list(map(_SmallCopies, alike.values()))
         large = [tensor for tensor in self._plain if tensor.numel() > SMALL]
         self.watched = large if can_watch else []
         composed = [t for t in usable if _is_composed(t) and not isinstance(t, nn.Parameter)]
