@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import threading
 import warnings
 from argparse import Namespace
+from array import array
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -385,6 +387,112 @@ def test_should_stop_is_put_back(tmp_path: Path) -> None:
 
 
 # --- what it costs
+
+
+class Prefetcher:
+    """Its thread writes to it."""
+
+    def __init__(self) -> None:
+        self.ready, self.lock = False, threading.Lock()
+
+
+def test_an_object_with_a_lock_is_left_alone() -> None:
+    module = Bare()
+    module.prefetcher = Prefetcher()
+    evaluate(module, lambda: setattr(module.prefetcher, "ready", True), times=1)
+    assert module.prefetcher.ready
+
+
+def drawn_from(iterator: Any) -> list[str]:
+    module = Bare()
+    module.stream = {"batches": iterator}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        evaluate(module, lambda: next(iterator))
+    return [str(warning.message) for warning in found if "iterator" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: iter(range(9)),
+        lambda: itertools.count(),
+        lambda: iter(DataLoader(list(range(9)))),
+        lambda: iter([0] * 9),
+    ],
+)
+def test_an_iterator_that_the_step_advances_is_named_once(make: Any) -> None:
+    (text,) = drawn_from(make())
+    assert "advances the iterator in the attribute 'stream' of Bare" in text
+    assert "`loss`" in text
+    module = Bare()
+    module.stream = make()
+    evaluate(module, lambda: None)  # warnings are errors
+
+
+def test_an_iterator_of_unknown_position_is_named_once() -> None:
+    (text,) = drawn_from(i for i in range(9))
+    assert "may advance" in text
+
+
+class Node:
+    def __init__(self, inner: Any = None) -> None:
+        self.n, self.inner = 0, inner
+
+
+class WithAttribute(dict[str, Any]):
+    n = 0
+
+
+class Refusing(list[int]):
+    def clear(self) -> None:
+        raise RuntimeError
+
+    extend: Any = clear
+
+
+def test_objects_in_objects_are_put_back() -> None:
+    module = Bare()
+    module.node, module.table, module.bytes = Node([{"a": Node(Node())}]), WithAttribute(), bytearray(b"ab")
+    module.numbers, module.objects, module.refusing = (
+        array("d", [1.0]),
+        np.array([Node(), 0], dtype=object),
+        Refusing([1]),
+    )
+    outer = module.node.inner[0]["a"]
+
+    def change() -> None:
+        for node in (module.node, outer, outer.inner, module.table, module.objects[0]):
+            node.n += 1
+        module.bytes[0] = 1
+        module.bytes.append(1)
+        module.numbers[0] = 2.0
+        module.numbers.append(1.0)
+        module.objects[1] = 1
+        module.refusing.append(2)
+
+    evaluate(module, change)
+    nodes = [module.node, outer, outer.inner, module.table, module.objects[0]]
+    assert [node.n for node in nodes] == [0] * 5
+    assert (module.bytes, module.numbers) == (bytearray(b"ab"), array("d", [1.0]))
+    assert module.objects[1] == 0
+    assert list(module.refusing) == [1]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_deep_lists_and_large_tuples_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Bare()
+    module.deep = deep = []
+    for _ in range(3_000):
+        deep.append([])
+        deep = deep[0]
+    module.large, module.nested = (0,) * 2_000, torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    kept: list[Any] = []
+    keep = Memory.keep
+    monkeypatch.setattr(Memory, "keep", lambda self, value: kept.append(value) or keep(self, value))
+    evaluate(module, lambda: module.deep.append(1), times=1)
+    assert len(module.deep) == 1
+    assert not [value for value in kept if value is module.large]
 
 
 def test_large_containers_are_not_descended_into() -> None:

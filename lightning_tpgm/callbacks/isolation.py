@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_tpgm.callbacks.framework import is_overridden, isolate_rng, pl, rank_zero_warn
 from lightning_tpgm.callbacks.memory import ATOMS, Known, Memory, same_items
+from lightning_tpgm.callbacks.opaque import position
 from lightning_tpgm.callbacks.silence import silent
 from lightning_tpgm.callbacks.structure import Structure
 from lightning_tpgm.callbacks.weights import Weights, without_subclass
@@ -48,6 +49,7 @@ class Isolation:
         self._evaluated: list[Tensor] = []
         self._fixed: list[Tensor] = []
         self._settled: set[int] = set()
+        self._advancing: set[str] = set()  # attributes that were named
         self._costly: dict[int, int] = {}  # how many times in a row, by the value's id
         self._evaluations = 0
 
@@ -104,7 +106,7 @@ class Isolation:
             stack.enter_context(structure.unchanged(values))
             for value in [value for value in values if type(value) not in ATOMS]:
                 if not memory.keep_plain(value):
-                    self._keep_value(value, memory, structure)
+                    self._keep_value(value, memory, structure, stack)
             for key in [*memory.hidden]:
                 hidden = memory.hidden.pop(key)
                 if not any(key in known.ids for known, _ in found):
@@ -141,10 +143,12 @@ class Isolation:
         self._structures[id(module)] = module, structure
         return structure, structure.values()
 
-    def _keep_value(self, value: Any, memory: Memory, structure: Structure) -> None:
+    def _keep_value(self, value: Any, memory: Memory, structure: Structure, stack: ExitStack) -> None:
         start = perf_counter()
         memory.keep(value)
         seconds = perf_counter() - start
+        while memory.iterators:
+            self._say_of_iterator(memory.iterators.pop(), structure.owner_of(value), stack)
         if seconds < _COSTLY:
             self._costly.pop(id(value), None)
         elif self._evaluations:  # the first one finds out what changes
@@ -155,6 +159,21 @@ class Isolation:
                     f" {structure.owner_of(value)}, which the step may change. Keep it outside of the module, or"
                     " evaluate less often (`every_n_steps`)."
                 )
+
+    def _say_of_iterator(self, iterator: Iterator[Any], owner: str, stack: ExitStack) -> None:
+        """Say once of an attribute that the step advances an iterator, or that it may."""
+        before = position(iterator)
+
+        def say() -> None:
+            if owner not in self._advancing and (before is None or position(iterator) != before):
+                self._advancing.add(owner)
+                rank_zero_warn(
+                    f"Each evaluation of the held-out loss {'may advance' if before is None else 'advances'} the"
+                    f" iterator in {owner}, and cannot put it back: training would miss what it gave. Draw from it in a"
+                    " hook outside of the step, on_train_batch_start for instance, or pass a `loss` that does not."
+                )
+
+        stack.callback(say)
 
 
 def no_trace(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[None]:
