@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import random
 import threading
 import warnings
 from argparse import Namespace
+from array import array
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -145,19 +148,66 @@ def test_what_does_not_change_is_not_copied() -> None:
     module = Teaching(in_place, WIDE)
     step = [torch.randn(2, FEATURES), torch.zeros(2, dtype=torch.long)]
     isolation, trainer = Isolation(), trainer_in(Path())
-    changing = sum(parameter.numel() for parameter in module.teacher.parameters())
+    changing = module.teacher.weight.numel()
     for _ in range(3):
         with Sizes() as sizes, isolation.no_trace(trainer, module, list(module.student.parameters())):
             module.loss(step)
         assert changing <= sizes.cloned < changing + SMALL
-    before = module.frozen.weight.detach().clone()
+
+
+def test_change_that_torch_does_not_show_is_an_error() -> None:
+    """An operation of a compiled function, for instance, writes without a word and counts the tensor's version up."""
+    module = Bare()
+    module.frozen = nn.Linear(FEATURES, WIDE).requires_grad_(False)
     with (
         pytest.raises(MisconfigurationException, match=r"changed 'frozen.weight'.*`loss`"),
-        isolation.no_trace(trainer, module),
-        torch.no_grad(),
+        no_trace(trainer_in(Path()), module),
     ):
-        module.frozen.weight.add_(1)
-    assert not torch.equal(module.frozen.weight, before)
+        torch.autograd.graph.increment_version(module.frozen.weight)
+
+
+@pytest.mark.parametrize("tensor", ["parameter", "buffer", "own buffer", "in a dict"])
+@pytest.mark.parametrize("size", [4, SMALL + 1])
+@pytest.mark.parametrize("update", UPDATES)
+def test_what_begins_to_change_late_is_put_back(update: Any, size: int, tensor: str) -> None:
+    """A teacher that moves every second step, or after a warm-up."""
+    module = Bare()
+    module.norm = nn.BatchNorm1d(size).requires_grad_(False)
+    module.register_buffer("queue", torch.zeros(size))
+    module.shadow = {"mean": torch.zeros(size)}
+    found = {
+        "parameter": module.norm.weight,
+        "buffer": module.norm.running_var,
+        "own buffer": module.queue,
+        "in a dict": module.shadow["mean"],
+    }[tensor]
+    assert isinstance(found, Tensor)
+    before, version, memory = found.detach().clone(), found._version, found.data_ptr()
+    isolation, trainer = Isolation(), trainer_in(Path())
+    for evaluation in range(4):
+        with isolation.no_trace(trainer, module), torch.no_grad():
+            if evaluation % 2:
+                update(found, torch.full((size,), 7.0))
+                assert not torch.equal(found, before)
+        assert torch.equal(found, before)
+        assert (found._version, found.data_ptr()) == (version, memory)
+
+
+def test_what_training_changes_between_evaluations_stays() -> None:
+    """In place, past the version, and by other memory: the next evaluation puts back what it found."""
+    module = Bare()
+    module.small, module.large = (nn.Parameter(torch.zeros(size)) for size in (4, SMALL + 1))
+    isolation, trainer = Isolation(), trainer_in(Path())
+    for value, update in enumerate([in_place, through_data, swapped_data, at_once] * 2):
+        with torch.no_grad():
+            for tensor in (module.small, module.large):
+                update(tensor, torch.full_like(tensor, value + 1))
+        before = [tensor.detach().clone() for tensor in (module.small, module.large)]
+        with isolation.no_trace(trainer, module), torch.no_grad():
+            module.small.data.add_(1)
+            module.large.data.add_(1)
+        assert torch.equal(module.small, before[0])
+        assert torch.equal(module.large, before[1])
 
 
 def test_averages_in_a_dict_are_put_back() -> None:
@@ -339,6 +389,112 @@ def test_should_stop_is_put_back(tmp_path: Path) -> None:
 # --- what it costs
 
 
+class Prefetcher:
+    """Its thread writes to it."""
+
+    def __init__(self) -> None:
+        self.ready, self.lock = False, threading.Lock()
+
+
+def test_an_object_with_a_lock_is_left_alone() -> None:
+    module = Bare()
+    module.prefetcher = Prefetcher()
+    evaluate(module, lambda: setattr(module.prefetcher, "ready", True), times=1)
+    assert module.prefetcher.ready
+
+
+def drawn_from(iterator: Any) -> list[str]:
+    module = Bare()
+    module.stream = {"batches": iterator}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        evaluate(module, lambda: next(iterator))
+    return [str(warning.message) for warning in found if "iterator" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: iter(range(9)),
+        lambda: itertools.count(),
+        lambda: iter(DataLoader(list(range(9)))),
+        lambda: iter([0] * 9),
+    ],
+)
+def test_an_iterator_that_the_step_advances_is_named_once(make: Any) -> None:
+    (text,) = drawn_from(make())
+    assert "advances the iterator in the attribute 'stream' of Bare" in text
+    assert "`loss`" in text
+    module = Bare()
+    module.stream = make()
+    evaluate(module, lambda: None)  # warnings are errors
+
+
+def test_an_iterator_of_unknown_position_is_named_once() -> None:
+    (text,) = drawn_from(i for i in range(9))
+    assert "may advance" in text
+
+
+class Node:
+    def __init__(self, inner: Any = None) -> None:
+        self.n, self.inner = 0, inner
+
+
+class WithAttribute(dict[str, Any]):
+    n = 0
+
+
+class Refusing(list[int]):
+    def clear(self) -> None:
+        raise RuntimeError
+
+    extend: Any = clear
+
+
+def test_objects_in_objects_are_put_back() -> None:
+    module = Bare()
+    module.node, module.table, module.bytes = Node([{"a": Node(Node())}]), WithAttribute(), bytearray(b"ab")
+    module.numbers, module.objects, module.refusing = (
+        array("d", [1.0]),
+        np.array([Node(), 0], dtype=object),
+        Refusing([1]),
+    )
+    outer = module.node.inner[0]["a"]
+
+    def change() -> None:
+        for node in (module.node, outer, outer.inner, module.table, module.objects[0]):
+            node.n += 1
+        module.bytes[0] = 1
+        module.bytes.append(1)
+        module.numbers[0] = 2.0
+        module.numbers.append(1.0)
+        module.objects[1] = 1
+        module.refusing.append(2)
+
+    evaluate(module, change)
+    nodes = [module.node, outer, outer.inner, module.table, module.objects[0]]
+    assert [node.n for node in nodes] == [0] * 5
+    assert (module.bytes, module.numbers) == (bytearray(b"ab"), array("d", [1.0]))
+    assert module.objects[1] == 0
+    assert list(module.refusing) == [1]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_deep_lists_and_large_tuples_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Bare()
+    module.deep = deep = []
+    for _ in range(3_000):
+        deep.append([])
+        deep = deep[0]
+    module.large, module.nested = (0,) * 2_000, torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    kept: list[Any] = []
+    keep = Memory.keep
+    monkeypatch.setattr(Memory, "keep", lambda self, value: kept.append(value) or keep(self, value))
+    evaluate(module, lambda: module.deep.append(1), times=1)
+    assert len(module.deep) == 1
+    assert not [value for value in kept if value is module.large]
+
+
 def test_large_containers_are_not_descended_into() -> None:
     module = Bare()
     module.items = [{"n": [i]} for i in range(2_000)]
@@ -515,7 +671,19 @@ class TakesAll(Classifier):
         super().log(f"mine/{args[0]}", *args[1:], **kwargs)
 
 
-@pytest.mark.parametrize(("kind", "prefix"), [(OwnLog, ""), (OwnLogDict, ""), (TakesAll, "mine/")])
+class IsNoFunction(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: Any = logging.getLogger("a project's own")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log.info("a step")
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    validation_step: Any = training_step
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [(OwnLog, ""), (OwnLogDict, ""), (TakesAll, "mine/"), (IsNoFunction, "")])
 def test_own_log_of_a_module_gets_what_it_takes(kind: Any, prefix: str, tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, callbacks=[TPGMCallback(DataLoader(Blobs().val, 8))])
     trainer.fit(kind(), Blobs())

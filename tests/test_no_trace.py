@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
@@ -553,17 +554,21 @@ def test_nested_module_logs_nothing(tmp_path: Path) -> None:
     assert_same(logged[1], logged[0])
 
 
-def test_own_log_of_an_instance_is_put_back(tmp_path: Path) -> None:
-    """A module that replaced `log` for itself, as some tools do, gets its own back."""
+def test_own_log_is_called_as_it_is(tmp_path: Path) -> None:
+    """A function that returns the value, and one of the standard library's loggers."""
 
-    def log(*_: Any, **__: Any) -> None:
-        raise AssertionError
+    class Returns(Bare):
+        def log(self, name: str, value: Any, prog_bar: bool = False) -> Any:  # type: ignore[override]
+            super().log(name, value)
+            return value
 
-    module = Bare()
-    module.log = log  # type: ignore[method-assign]
-    inside_no_trace(module, lambda: module.log("a", 1), tmp_path)
-    assert module.log is log
-    assert "log_dict" not in vars(module)
+    module, other = Returns(), Bare()
+    other.log = logger = logging.getLogger("a project's own")  # type: ignore[method-assign]
+    found = []
+    inside_no_trace(module, lambda: found.extend([module.log("a", 1.5), other.log.info("b")]), tmp_path)  # type: ignore[attr-defined]
+    assert found == [1.5, None]
+    assert other.log is logger  # type: ignore[comparison-overlap]
+    assert pl.LightningModule.log.__name__ == "log"
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # users' old modules are what is meant here

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_tpgm.callbacks.framework import is_overridden, isolate_rng, pl, rank_zero_warn
-from lightning_tpgm.callbacks.memory import ATOMS, Memory, same_items
+from lightning_tpgm.callbacks.memory import ATOMS, Known, Memory, same_items
+from lightning_tpgm.callbacks.opaque import position
 from lightning_tpgm.callbacks.silence import silent
 from lightning_tpgm.callbacks.structure import Structure
-from lightning_tpgm.callbacks.weights import Known, Weights, without_subclass
+from lightning_tpgm.callbacks.weights import Weights, without_subclass
 
 __all__ = ["Isolation", "isolated_generators", "no_trace", "without_subclass"]
 
@@ -36,8 +37,8 @@ class Isolation:
 
     - what the step does to the outside world: files, printed text, its own threads;
     - what is opaque: objects of the standard library that are no containers, arrays in files, sparse tensors;
-    - containers of more than a thousand entries, and large arrays, if the first evaluation left them alone. Of these
-      only what is appended is taken off again.
+    - containers of more than a thousand entries: only what is appended is taken off again;
+    - large arrays that the first evaluation left alone, and large tensors that are written to through numpy.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,7 @@ class Isolation:
         self._evaluated: list[Tensor] = []
         self._fixed: list[Tensor] = []
         self._settled: set[int] = set()
+        self._advancing: set[str] = set()  # attributes that were named
         self._costly: dict[int, int] = {}  # how many times in a row, by the value's id
         self._evaluations = 0
 
@@ -77,7 +79,7 @@ class Isolation:
             stack.enter_context(isolated_generators())
             structure, values = self._structure(pl_module)
             self._keep(pl_module, structure, values, evaluated, stack)
-            stack.enter_context(silent(trainer, structure.loggable))
+            stack.enter_context(silent(trainer))
             stack.callback(setattr, trainer, "should_stop", trainer.should_stop)
             stack.enter_context(structure.evaluating(values, eval_mode))
             for metric in structure.metrics:
@@ -104,7 +106,7 @@ class Isolation:
             stack.enter_context(structure.unchanged(values))
             for value in [value for value in values if type(value) not in ATOMS]:
                 if not memory.keep_plain(value):
-                    self._keep_value(value, memory, structure)
+                    self._keep_value(value, memory, structure, stack)
             for key in [*memory.hidden]:
                 hidden = memory.hidden.pop(key)
                 if not any(key in known.ids for known, _ in found):
@@ -141,10 +143,12 @@ class Isolation:
         self._structures[id(module)] = module, structure
         return structure, structure.values()
 
-    def _keep_value(self, value: Any, memory: Memory, structure: Structure) -> None:
+    def _keep_value(self, value: Any, memory: Memory, structure: Structure, stack: ExitStack) -> None:
         start = perf_counter()
         memory.keep(value)
         seconds = perf_counter() - start
+        while memory.iterators:
+            self._say_of_iterator(memory.iterators.pop(), structure.owner_of(value), stack)
         if seconds < _COSTLY:
             self._costly.pop(id(value), None)
         elif self._evaluations:  # the first one finds out what changes
@@ -155,6 +159,21 @@ class Isolation:
                     f" {structure.owner_of(value)}, which the step may change. Keep it outside of the module, or"
                     " evaluate less often (`every_n_steps`)."
                 )
+
+    def _say_of_iterator(self, iterator: Iterator[Any], owner: str, stack: ExitStack) -> None:
+        """Say once of an attribute that the step advances an iterator, or that it may."""
+        before = position(iterator)
+
+        def say() -> None:
+            if owner not in self._advancing and (before is None or position(iterator) != before):
+                self._advancing.add(owner)
+                rank_zero_warn(
+                    f"Each evaluation of the held-out loss {'may advance' if before is None else 'advances'} the"
+                    f" iterator in {owner}, and cannot put it back: training would miss what it gave. Draw from it in a"
+                    " hook outside of the step, on_train_batch_start for instance, or pass a `loss` that does not."
+                )
+
+        stack.callback(say)
 
 
 def no_trace(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_tpgm.callbacks.framework import callbacks_of, is_overridden, logging_step, pl, same_package
+from lightning_tpgm.callbacks.framework import callbacks_of, logging_step, pl, same_package
 from lightning_tpgm.observing.reporter import Quantities, Reporter
 from lightning_tpgm.observing.reporting import in_short
 
@@ -47,10 +47,11 @@ class Logs:
     def _log(self, pl_module: pl.LightningModule, named: dict[str, Tensor], logger: bool, prog_bar: bool) -> None:
         if self.log == "none" or not named:
             return
-        if not is_overridden("log", pl_module) and not is_overridden("log_dict", pl_module):
+        lightning = same_package(pl_module, "core:LightningModule")
+        if all(getattr(getattr(pl_module, f), "__func__", None) is getattr(lightning, f) for f in ("log", "log_dict")):
             pl_module.log_dict(named, prog_bar=prog_bar, logger=logger)
             return
-        log = pl_module.log if _takes_our_arguments(pl_module.log) else partial(_lightnings_log(pl_module), pl_module)
+        log = pl_module.log if _takes_our_arguments(pl_module.log) else partial(lightning.log, pl_module)
         for key, value in named.items():
             log(key, value, prog_bar=prog_bar, logger=logger)
 
@@ -105,8 +106,3 @@ def _takes_our_arguments(log: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _lightnings_log(pl_module: pl.LightningModule) -> Callable[..., None]:
-    log: Callable[..., None] = same_package(pl_module, "core:LightningModule").log
-    return log

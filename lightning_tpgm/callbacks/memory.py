@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
-import sys
-from argparse import Namespace
-from collections import deque
-from collections.abc import Callable, Collection, MutableMapping
-from contextlib import AbstractContextManager, ContextDecorator, ExitStack
+import weakref
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, suppress
 from functools import cache
 from itertools import islice
 from operator import is_
-from types import FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
+from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tpgm.callbacks.framework import classes
-from lightning_tpgm.callbacks.weights import SMALL, Known
+from lightning_tpgm.callbacks.opaque import FOREIGN, holds_what_waits, is_iterator, is_of_the_system, ships_with_python
+from lightning_tpgm.callbacks.weights import SMALL
 
 ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 MANY = 1_000  # entries of a container: of more only those that are appended are taken back
@@ -30,16 +30,24 @@ _OPAQUE = (
     *(Tensor, type, ModuleType, FunctionType, MethodType),
     *(torch.utils.data.Dataset, torch.utils.data.DataLoader),
 )
-_FOREIGN = frozenset(
-    {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy", "lightning_tpgm"}
-)
-_HARMLESS = frozenset(
-    {"builtins", "collections", "collections.abc", "_collections", "_collections_abc", "abc", "typing", "_random"}
-)
-_PLAIN = frozenset(
-    {SimpleNamespace, Namespace, *Namespace.__mro__, random.Random, AbstractContextManager, ContextDecorator}
-)
 _MISSING = object()
+
+
+class Known:
+    """What evaluations have shown of each object: whether they change it. Forgets objects that are gone."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[weakref.ref[Any], bool]] = {}
+
+    def changes(self, value: Any) -> bool | None:
+        """Whether an evaluation changed it; None if none has seen it yet."""
+        ref, changes = self._found.get(id(value), (None, None))
+        return changes if ref is not None and ref() is value else None
+
+    def learn(self, value: Any, changes: bool) -> None:
+        """Remember it."""
+        key = id(value)
+        self._found[key] = weakref.ref(value, lambda _: self._found.pop(key, None)), changes
 
 
 class Memory:
@@ -51,12 +59,14 @@ class Memory:
     Attributes:
         tensors: Those that were met.
         hidden: Modules that were met.
+        iterators: Those that were met.
     """
 
     def __init__(self, known: Known) -> None:
         lightning = ("trainer:Trainer", "core:LightningDataModule", "callbacks:Callback")
         self.tensors: dict[int, Tensor] = {}
         self.hidden: dict[int, nn.Module] = {}
+        self.iterators: list[Iterator[Any]] = []
         self._opaque = (*_OPAQUE, *(found for name in lightning for found in classes(name)))
         self._known = known
         self._undo: list[Callable[[], None]] = []
@@ -77,7 +87,7 @@ class Memory:
         """Remember a value that is as simple as most are, if it is, at little cost; says whether it is."""
         kind = type(value)
         if kind is tuple:
-            return ATOMS.issuperset(map(type, value))  # it cannot change
+            return len(value) > MANY or ATOMS.issuperset(map(type, value))  # it cannot change
         if kind is list and len(value) <= _SHORT and ATOMS.issuperset(map(type, value)):
             self._short.append((value, value.copy()))
             return True
@@ -86,29 +96,36 @@ class Memory:
     def keep(self, value: Any) -> None:
         """Remember the value of an attribute and what it holds."""
         self._left = _ENOUGH
-        self._keep(value)
+        todo = [value]  # no recursion: a list may hold a list that holds a list, for ever
+        for found in todo:  # grows by what is found inside
+            if id(found) not in self._seen:
+                self._seen[id(found)] = found
+                todo += [part for part in self._keep(found) if type(part) not in ATOMS]
 
-    def _keep(self, value: Any, inside_object: bool = False) -> None:
-        if id(value) in self._seen:
-            return
+    def _keep(self, value: Any) -> Collection[Any]:
+        """Remember a value without its parts, and give these."""
         kind: Any = type(value)
-        self._seen[id(value)] = value
         if isinstance(value, Tensor):
             self.tensors[id(value)] = value
         elif isinstance(value, nn.Module):  # one that is no submodule
             self.hidden[id(value)] = value
         elif isinstance(value, np.ndarray):
-            self._keep_array(value)
+            return self._keep_array(value)
+        elif isinstance(value, bytearray | array):
+            self._keep_bytes(value)
         elif isinstance(value, torch.Generator):
             self._later(value.set_state, value.get_state())
         elif isinstance(value, np.random.Generator):
             self._later(lambda state: setattr(value.bit_generator, "state", state), value.bit_generator.state)
         elif isinstance(value, np.random.RandomState):
             self._later(value.set_state, value.get_state())
-        elif not isinstance(value, self._opaque) and not _is_of_the_system(kind):
-            self._keep_parts(value, inside_object)
+        elif is_iterator(kind):
+            self.iterators.append(value)
+        elif not isinstance(value, self._opaque) and not is_of_the_system(kind):
+            return self._keep_parts(value)
+        return ()
 
-    def _keep_parts(self, value: Any, inside_object: bool) -> None:
+    def _keep_parts(self, value: Any) -> Collection[Any]:
         parts: Collection[Any] = ()
         if isinstance(value, random.Random):
             self._later(value.setstate, value.getstate())
@@ -116,51 +133,57 @@ class Memory:
             self._left -= 10 + len(value)
             if len(value) > MANY or self._left < 0:
                 self._keep_length(value)
-                return
-            if isinstance(value, dict):
+            elif isinstance(value, dict):
                 self._keep_mapping(value)
                 parts = value.values()
-            elif isinstance(value, set):
-                self._keep_items(value, value.update)
             else:
-                parts = value
-                if not isinstance(value, tuple):
-                    self._keep_items(value, value.extend)
-        elif not inside_object and type(value).__module__.partition(".")[0] not in _FOREIGN:
-            parts, inside_object = self._keep_attributes(value), True
-        if not set(map(type, parts)) <= ATOMS:
-            for part in parts:
-                if type(part) not in ATOMS:
-                    self._keep(part, inside_object)
+                self._keep_items(value)
+                parts = () if isinstance(value, set) else value
+        if type(value).__module__.partition(".")[0] not in FOREIGN:
+            parts = [*parts, *self._keep_attributes(value)]
+        return () if ATOMS.issuperset(map(type, parts)) else parts
 
     def _later(self, undo: Callable[[Any], Any], argument: Any) -> None:
         self._undo.append(lambda: undo(argument))
 
     def _keep_attributes(self, value: Any) -> list[Any]:
         """Remember the attributes of an object, those in slots too; their values."""
-        parts: list[Any] = []
-        if hasattr(value, "__dict__"):
-            self._keep_mapping(vars(value))
-            parts = list(vars(value).values())
         kind: Any = type(value)
-        for slot in _slots(kind):
-            kept = _read(slot, value)
-            parts.append(kept)
+        attributes = vars(value) if hasattr(value, "__dict__") else {}
+        slots = [(slot, _read(slot, value)) for slot in _slots(kind)]
+        parts = [*attributes.values(), *(kept for _, kept in slots if kept is not _MISSING)]
+        self._left -= len(parts)
+        if self._left < 0 or holds_what_waits(parts):
+            return []
+        if hasattr(value, "__dict__"):
+            self._keep_mapping(attributes)
+        for slot, kept in slots:
 
             def undo(slot: Any = slot, kept: Any = kept) -> None:
                 if kept is _MISSING and _read(slot, value) is not _MISSING:
                     slot.__delete__(value)
                 elif kept is not _read(slot, value):
-                    slot.__set__(value, kept)
+                    with suppress(AttributeError):  # some that are written in C cannot be set
+                        slot.__set__(value, kept)
 
             self._undo.append(undo)
-        return [part for part in parts if part is not _MISSING]
+        return parts
 
-    def _keep_array(self, value: np.ndarray[Any, Any]) -> None:
-        """Copy an array; not one that nobody writes, or lives in a file, or is large and stayed as it was before."""
+    def _keep_bytes(self, value: Any) -> None:
+        """Copy a bytearray or an array of the standard library; of a large one remember the length."""
+        if len(value) > SMALL:
+            self._later(lambda end: value.__delitem__(slice(end, None)), len(value))
+        else:
+            self._later(lambda kept: value.__setitem__(slice(None), kept), value[:])
+
+    def _keep_array(self, value: np.ndarray[Any, Any]) -> Collection[Any]:
+        """Copy an array, and give the objects in it.
+
+        Not one that nobody writes, or lives in a file, or is large and stayed as it was before.
+        """
         changes = self._known.changes(value)
         if not value.flags.writeable or _is_in_a_file(value) or (value.size > SMALL and changes is False):
-            return
+            return ()
         copy = value.copy()
 
         def undo() -> None:
@@ -169,27 +192,34 @@ class Memory:
             np.copyto(value, copy)
 
         self._undo.append(undo)
+        return value.ravel().tolist() if value.dtype == object and value.size <= MANY else ()
 
-    def _keep_mapping(self, value: MutableMapping[Any, Any]) -> None:
-        kept = dict(value)
+    def _keep_mapping(self, value: dict[Any, Any]) -> None:
+        base: Any = OrderedDict if isinstance(value, OrderedDict) else dict  # a subclass may do more, or refuse
+        kept = dict(base.items(value))
 
         def undo() -> None:
-            if not same_items(value, kept):  # also the order: names of buffers and metrics
-                value.clear()
-                value.update(kept)
-            elif not same_items(value.values(), kept.values()):
-                for key, item in kept.items():
-                    value[key] = item
+            present = dict(base.items(value))
+            if not same_items(present, kept):  # also the order: names of buffers and metrics
+                base.clear(value)
+            elif same_items(present.values(), kept.values()):
+                return
+            for key, item in kept.items():
+                base.__setitem__(value, key, item)
 
         self._undo.append(undo)
 
-    def _keep_items(self, value: list[Any] | deque[Any] | set[Any], refill: Callable[[list[Any]], None]) -> None:
-        kept = list(value)
+    def _keep_items(self, value: Any) -> None:
+        base: Any = next(kind for kind in (list, deque, set, tuple) if isinstance(value, kind))
+        if base is tuple:
+            return
+        kept = list(base.__iter__(value))
+        refill = base.update if base is set else base.extend
 
         def undo() -> None:
-            if not same_items(value, kept):
-                value.clear()
-                refill(kept)
+            if not same_items(list(base.__iter__(value)), kept):
+                base.clear(value)
+                refill(value, kept)
 
         self._undo.append(undo)
 
@@ -218,29 +248,8 @@ def _shorten_deque(value: deque[Any], length: int, head: list[Any]) -> None:
 
 
 @cache
-def _is_of_the_system(kind: type) -> bool:
-    """Whether a class is, or derives from, one of the standard library that is more than a container.
-
-    Futures, events, queues, locks, pools and processes, files: put back to an earlier state, they would wait for ever.
-    """
-    return any(
-        base not in _PLAIN
-        and base.__module__ not in _HARMLESS
-        and _ships_with_python(base.__module__.partition(".")[0])
-        for base in kind.__mro__
-    )
-
-
-@cache
-def _ships_with_python(package: str) -> bool:
-    file = getattr(sys.modules.get(package), "__file__", None)  # a project's own `code` or `test` is none
-    theirs = file is None or (file.startswith(os.path.dirname(os.__file__)) and "site-packages" not in file)
-    return package in sys.stdlib_module_names and theirs
-
-
-@cache
 def _slots(kind: type) -> tuple[MemberDescriptorType, ...]:
-    found = [vars(base).values() for base in kind.__mro__ if not _ships_with_python(base.__module__)]
+    found = [vars(base).values() for base in kind.__mro__ if not ships_with_python(base.__module__)]
     return tuple(slot for values in found for slot in values if isinstance(slot, MemberDescriptorType))
 
 

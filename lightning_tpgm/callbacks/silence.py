@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
-from torch import nn
 from typing_extensions import Self, override
 
-from lightning_tpgm.callbacks.framework import pl, results_put_aside
+from lightning_tpgm.callbacks.framework import classes, pl, results_put_aside
 
 _PLAIN = (str, bytes, int, float, os.PathLike, type(None))
 
 
 @contextmanager
-def silent(trainer: pl.Trainer, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Nothing is logged: neither through the loggers nor through `self.log` of these modules."""
-    own: list[dict[str, Any]] = [{k: vars(m)[k] for k in ("log", "log_dict") if k in vars(m)} for m in modules]
+def silent(trainer: pl.Trainer) -> Iterator[None]:
+    """Nothing is logged: neither through the loggers nor through Lightning's `log` and `log_dict`.
+
+    A module's own `log` is called as it is. What it passes on to Lightning's goes nowhere.
+    """
     loggers = trainer.loggers
+    own = [(kind, name, vars(kind)[name]) for kind in classes("core:LightningModule") for name in ("log", "log_dict")]
     try:
         trainer.loggers = [SilentLogger(logger) for logger in loggers]  # type: ignore[misc]  # stands for one
-        for module in modules:
-            vars(module).update(log=_ignore, log_dict=_ignore)
+        for kind, name, _ in own:
+            setattr(kind, name, _ignore)
         with results_put_aside(trainer):
             yield
     finally:
-        for module, names in zip(modules, own, strict=True):
-            for name in ("log", "log_dict"):
-                vars(module).pop(name, None)
-            vars(module).update(names)
+        for kind, name, function in own:
+            setattr(kind, name, function)
         trainer.loggers = loggers
 
 

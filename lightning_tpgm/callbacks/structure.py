@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_tpgm.callbacks.framework import classes
 from lightning_tpgm.callbacks.memory import same_items
 from lightning_tpgm.sharding import is_fsdp2
 
@@ -29,7 +28,6 @@ class Structure:
     Attributes:
         ids: Of all parts.
         metrics: The parts that are metrics.
-        loggable: The parts that are LightningModules.
         scripted: The parts whose attributes live in TorchScript.
     """
 
@@ -37,8 +35,6 @@ class Structure:
         modules = list(root.modules())
         self.ids = frozenset(map(id, modules))
         self.metrics = [module for module in modules if isinstance(module, Metric)]
-        lightning = classes("core:LightningModule")
-        self.loggable = [module for module in modules if isinstance(module, lightning)]
         self.scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
         alike: dict[tuple[str, ...], list[nn.Module]] = {}  # those with attributes of the same names
         for module in modules:
