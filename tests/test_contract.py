@@ -207,7 +207,7 @@ def users_rows(metrics_file: str) -> list[list[tuple[str, str]]]:
     return [row for row in rows if dict(row).keys() - {"step", "epoch"}]
 
 
-OWN_COLUMN = re.compile("(tpgm|ftp|digrap|spd|l2sp|anchor_decay|wise_ft)(_radius|_distance|_omega)?/")
+OWN_COLUMN = re.compile("(tpgm|ftp|digrap|spd|l2sp|anchor_decay|wise_ft)(_radius|_distance|_ratio|_bound|_omega)?/")
 
 
 def test_no_trace_of_hooks_after_the_fit(method: Method) -> None:
