@@ -123,9 +123,10 @@ class Constraint(Shown):
 
     @torch.no_grad()
     def retake(self, buffers: bool = False) -> None:
-        """Take fresh anchors anew until the first step is done: weights may have been loaded since `begin`."""
+        """Take fresh anchors anew, right before the first step: weights may have been loaded since `begin`."""
         if not self.anchors.settled:
             self.anchors.retake(buffers)
+            self.anchors.settled = not buffers  # a closure that is called again may be at other weights
             self._arrange()
 
     def join(self) -> bool:

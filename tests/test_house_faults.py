@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_tpgm.callbacks.weights
 from lightning_tpgm import TPGMCallback
 from properties import assert_inside_ball, assert_same
 from test_contract import METHODS, Branches, Method, for_manual_optimization, outcome, parameters, run
@@ -492,8 +493,11 @@ class Thaws(pl.Callback):
         pl_module.body.requires_grad_(trainer.global_step >= 3)
 
 
-def test_pretrained_copies_nothing_of_what_is_frozen(method: Method, tmp_path: Path) -> None:
+def test_pretrained_copies_nothing_of_what_is_frozen(
+    method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The module holds its pretrained values already; neither memory nor a checkpoint holds them again."""
+    monkeypatch.setattr(lightning_tpgm.callbacks.weights, "SMALL", 8)  # an evaluation copies small tensors
     torch.save({f"net.{name}": value for name, value in Wide().state_dict().items()}, tmp_path / "pretrained.pt")
     module, callback = Wide(), make(method, pretrained=tmp_path / "pretrained.pt")
     copies: list[int] = []

@@ -215,7 +215,7 @@ class Recorder(pl.Callback):
 
     def record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizers = [plain(optimizer.state_dict()) for optimizer in trainer.optimizers]
-        logged = {k: plain(v) for k, v in trainer.callback_metrics.items() if not k.startswith("tpgm/")}
+        logged = {k: plain(v) for k, v in trainer.callback_metrics.items() if not k.startswith("tpgm")}
         loggers = [id(logger) for logger in trainer.loggers]
         self.moments.append([everything_in(pl_module), optimizers, logged, loggers == self.loggers, random_states()])
 

@@ -477,7 +477,7 @@ def test_a_validation_that_breaks_leaves_the_fine_tuned_weights() -> None:
         ({"monitor": "val_loss"}, "^`monitor` should be None without `alpha` = 'sweep', found 'val_loss'"),
         ({**SWEEP, "mode": "best"}, "^`mode` should be 'max' or 'min', found 'best'"),
         ({**SWEEP, "alphas": [2]}, r"^`alphas` should be numbers in \[0, 1\], at least one, found \[2\]"),
-        ({"alpha": "swep"}, r"^`alpha` should be a number in \[0, 1\] or None, found 'swep'"),
+        ({"alpha": "swep"}, r"^`alpha` should be a number in \[0, 1\], 'sweep' or None, found 'swep'"),
     ],
 )
 def test_bad_arguments_of_the_callback(arguments: dict[str, Any], message: str) -> None:
