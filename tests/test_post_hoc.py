@@ -458,6 +458,32 @@ def test_project_checkpoint_into_a_folder_that_does_not_exist(folder: Path, tmp_
         project(folder, tmp_path / "nowhere" / "a.pt", pretrained="nowhere.pt")
 
 
+def test_project_checkpoint_never_writes_over_the_pretrained_file(folder: Path, tmp_path: Path) -> None:
+    """Nor over a link to it."""
+    torch.save(tensors(folder / "pretrained.pt"), tmp_path / "pretrained.pt")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "pretrained.pt")
+    before = (tmp_path / "pretrained.pt").read_bytes()
+    for output in ("pretrained.pt", "link.pt"):
+        with pytest.raises(MisconfigurationException, match="^`output` should not be the file of `pretrained`"):
+            project(folder, tmp_path / output, pretrained=tmp_path / "pretrained.pt")
+    assert (tmp_path / "pretrained.pt").read_bytes() == before
+
+
+def test_project_checkpoint_into_something_that_is_a_folder(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="^`output` should be a file, found"):
+        project(folder, tmp_path, finetuned=folder / "finetuned.ckpt", pretrained="nowhere.pt")
+
+
+def test_project_checkpoint_replaces_what_a_link_leads_to(folder: Path, tmp_path: Path) -> None:
+    """With the permissions that it has."""
+    (tmp_path / "real.pt").touch(mode=0o640)
+    (tmp_path / "link.pt").symlink_to(tmp_path / "real.pt")
+    project(folder, tmp_path / "link.pt")
+    assert (tmp_path / "link.pt").is_symlink()
+    assert (tmp_path / "real.pt").stat().st_mode & 0o777 == 0o640
+    assert "head.bias" in tensors(tmp_path / "real.pt")
+
+
 # --- the command line ---
 
 
