@@ -151,7 +151,7 @@ class Watch(Callback):
     def _note_metrics(self, trainer: Any) -> None:
         """Keep all that the project has logged so far."""
         logged: Mapping[str, Tensor] = trainer.callback_metrics
-        self.metrics.append({name: value.clone() for name, value in logged.items() if not name.startswith("tpgm/")})
+        self.metrics.append({name: value.clone() for name, value in logged.items() if not name.startswith("tpgm")})
 
 
 class Run(NamedTuple):

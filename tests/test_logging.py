@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -220,7 +221,12 @@ def test_nothing_in_the_progress_bar_without_logs() -> None:
     assert not [name for name in trainer.callback_metrics if name.startswith("tpgm")]
 
 
-@pytest.mark.parametrize("make", [TQDMProgressBar, RichProgressBar])
+BROKEN = pytest.mark.skipif(
+    lightning.__version__.startswith("2.4."), reason="the bar of Lightning 2.4 itself raises an IndexError with rich 15"
+)
+
+
+@pytest.mark.parametrize("make", [TQDMProgressBar, pytest.param(RichProgressBar, marks=BROKEN)])
 def test_progress_bar_fits_eighty_columns(
     make: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -464,13 +464,13 @@ def test_project_checkpoint_never_writes_over_the_pretrained_file(folder: Path, 
     (tmp_path / "link.pt").symlink_to(tmp_path / "pretrained.pt")
     before = (tmp_path / "pretrained.pt").read_bytes()
     for output in ("pretrained.pt", "link.pt"):
-        with pytest.raises(MisconfigurationException, match="^`output` should not be the file of `pretrained`"):
+        with pytest.raises(MisconfigurationException, match=r"^`output` should not be the file of `pretrained`"):
             project(folder, tmp_path / output, pretrained=tmp_path / "pretrained.pt")
     assert (tmp_path / "pretrained.pt").read_bytes() == before
 
 
 def test_project_checkpoint_into_something_that_is_a_folder(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="^`output` should be a file, found"):
+    with pytest.raises(MisconfigurationException, match=r"^`output` should be a file, found"):
         project(folder, tmp_path, finetuned=folder / "finetuned.ckpt", pretrained="nowhere.pt")
 
 
