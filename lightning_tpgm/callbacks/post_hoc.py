@@ -94,7 +94,8 @@ def project_checkpoint(
     with configuration_errors():
         check_output(output, pretrained)
         check(pretrained is not None, "pretrained", "a path, a mapping of tensors by name or a module", pretrained)
-        if isinstance(pretrained, str | os.PathLike) and Path(pretrained).resolve() == finetuned.resolve():
+        path = path_of(pretrained)
+        if path is not None and path.resolve() == finetuned.resolve():
             raise ValueError(
                 f"`pretrained` and `finetuned` should be two files, found {str(finetuned)!r} twice: nothing has moved"
                 " between them. Pass the checkpoint from before the fine-tuning as `pretrained`."
