@@ -164,7 +164,8 @@ class Constraint(Shown):
     def before(self, step: Step) -> None:
         """An optimizer is about to step."""
         self.join()
-        self._looks = self.at_hand and self.reporter.leaving.is_due(step.index)
+        tensors = self.tensors if self.at_hand else None
+        self._looks = tensors is not None and self.reporter.leaving.is_due(step.index, tensors)
         if self.method.reads_gradients and getattr(step.optimizer, "found_inf", None) is not None:
             raise ValueError(needs_unscaled_gradients(self.title, step.optimizer))
         if type(self.method).before is not Method.before and (tensors := self._stepped_by(step)) is not None:
@@ -188,6 +189,8 @@ class Constraint(Shown):
             self.method.after(tensors, step)
         if self.tensors is not None and self.tensors.names:
             self.reporter.record(self.quantities, 1 if self.at_hand else self.record_every)
+            if self.at_hand:
+                self.reporter.leaving.stepped(self.tensors)
 
     def _stepped_by(self, step: Step) -> Constrained | None:
         tensors = None if self.tensors is None else self.tensors.stepped_by(step.optimizer)
@@ -284,6 +287,12 @@ class Constraint(Shown):
         self._arrange()
         self.load(state)
         self.join()
+
+    def recall(self, state: Mapping[str, Any]) -> None:
+        """Know what `state_dict` gave, and be at work on no model."""
+        self.anchors.load_state_dict(put_back(state))
+        self._file = named(state)
+        self.load(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """What was learned and seen alone."""

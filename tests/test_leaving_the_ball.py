@@ -79,6 +79,40 @@ def test_a_mask_is_said_once(make: Any, hook: str) -> None:
     assert "`exclude`: ['hidden.weight']" in text
 
 
+def in_place(module: Toy) -> None:
+    with torch.no_grad():
+        module.hidden.weight[:, ::2] = 0
+
+
+def for_good(module: Toy) -> None:
+    prune.l1_unstructured(module.hidden, "weight", amount=0.5)
+    prune.remove(module.hidden, "weight")
+
+
+@pytest.mark.parametrize("write", [in_place, for_good])
+@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+def test_a_single_write_in_mid_run_is_said(make: Any, write: Any) -> None:
+    """The next projection takes it back, so that no later look would find it."""
+    steps: list[int] = []
+
+    def once(module: Any) -> None:
+        steps.append(len(steps))
+        if len(steps) == 3:
+            write(module)
+
+    (text,) = said(make(), At("on_train_batch_end", once))
+    assert f"'hidden.weight' {LEFT}" in text
+    assert len(steps) > 4
+
+
+def test_writes_inside_the_ball_are_no_alarm() -> None:
+    def write(module: Any) -> None:
+        with torch.no_grad():
+            module.hidden.weight.mul_(1)
+
+    assert said(TPGMCallback(), At("on_train_batch_end", write)) == []
+
+
 def test_a_mask_between_steps_is_said_before_the_fit_ends() -> None:
     """And where the logs are due, not later."""
     seen: list[int] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,28 @@ def test_resuming_needs_no_argument_where_the_file_is_in_place(tmp_path: Path) -
     """And checkpoints hold the anchors again, unless `save_anchor` says otherwise."""
     file, checkpoint = first_run(tmp_path, TPGMCallback)
     assert_same(run(tmp_path, TPGMCallback(), resume=checkpoint), run(tmp_path, TPGMCallback(pretrained=file)))
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
+def test_a_copy_holds_the_anchors_and_its_checkpoints_name_them(copied: Any, tmp_path: Path) -> None:
+    file = pretrained_file(tmp_path)
+    callback = TPGMCallback(pretrained=file, save_anchor=False)
+    run(tmp_path, callback)
+    file.unlink()
+    copy = copied(callback)
+    assert copy.anchor
+    assert_same(copy.anchor, callback.anchor)
+    assert_same(copy.state_dict(), callback.state_dict())
+
+
+def test_a_copy_before_a_resumed_fit_reads_the_file(tmp_path: Path) -> None:
+    file, checkpoint = first_run(tmp_path, TPGMCallback)
+    callback = TPGMCallback()
+    callback.load_state_dict(state_in(checkpoint))
+    assert_same(deepcopy(callback).anchor, {name: toy(5).state_dict()[name] for name in deepcopy(callback).anchor})
+    file.unlink()
+    with pytest.raises(ValueError, match="there is no such file"):
+        deepcopy(callback)
 
 
 def change(file: Path) -> None:

@@ -23,6 +23,7 @@ class PlainCopies:
     """What is pickled or copied knows nothing of a module, a trainer or a running fit, at any time."""
 
     _constraint: Constraint
+    _loaded: dict[str, Any] | None
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint would hold."""
@@ -34,7 +35,10 @@ class PlainCopies:
     def __getstate__(self) -> dict[str, Any]:
         """The arguments, what a checkpoint would hold, and what was seen last."""
         arguments = {name: value for name, value in vars(self).items() if name not in _RUNTIME}
-        return {**arguments, "_state": self.state_dict(), "_last": dict(self._constraint.seen())}
+        state = self.state_dict()
+        if state and self._loaded is None:  # a checkpoint may name its anchors; a copy holds them
+            state |= self._constraint.anchors.state_dict()
+        return {**arguments, "_state": state, "_last": dict(self._constraint.seen())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A callback that knows the same, and is in no fit."""
@@ -43,6 +47,5 @@ class PlainCopies:
         vars(self).update({name: value for name, value in state.items() if name not in ("_state", "_last")})
         self._start_anew()
         if known:
-            self._constraint.anchors.load_state_dict(known)
-            self._constraint.load(known)
+            self._constraint.recall(known)
             self._constraint.reporter.last = last

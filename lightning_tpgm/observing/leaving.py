@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.sharding import local
+
+_version = attrgetter("_version")
 
 
 class Leaving:
@@ -18,7 +21,7 @@ class Leaving:
     ball, and not always inside the last one. What a look finds stays on the device until it is asked for.
     """
 
-    EVERY = 50  # steps of an optimizer from one look to the next; the first is at its second step
+    EVERY = 50  # steps of an optimizer from one look to the next; the first is at its second step, and see `is_due`
     SLACK = 1e-3  # of the radius: sums of many numbers round
 
     def __init__(self) -> None:
@@ -26,6 +29,7 @@ class Leaving:
         self._radii: Tensor | None = None  # the largest so far, shape (T,); nan before there is one
         self._found: Tensor | None = None  # distance and radius of those outside, shape (2, T); nan for all others
         self._said = False
+        self._marks: list[int] = []  # of the tensors after the last step
 
     def note(self, quantities: Mapping[str, Tensor]) -> None:
         """These are the radii now; the first tensors are those of before, others have joined."""
@@ -39,11 +43,20 @@ class Leaving:
         for now in radii:
             self.note({"radius": now})
 
-    def is_due(self, index: int) -> bool:
-        """Count a step of an optimizer, and say whether to look before its weights move."""
+    def is_due(self, index: int, tensors: Constrained) -> bool:
+        """Count a step of an optimizer, and say whether to look before its weights move.
+
+        To look costs a pass over weights and anchors, so it is due now and then. It is due at once where somebody has
+        written to a tensor since the last step, as far as torch counts that: it does not count what is done to
+        ``.data`` in place.
+        """
         steps = self._steps.get(index, 0)
         self._steps[index] = steps + 1
-        return steps % self.EVERY == 1
+        return not self._said and (steps % self.EVERY == 1 or self._marks != _marks(tensors))
+
+    def stepped(self, tensors: Constrained) -> None:
+        """What is written to the tensors from now on does not come of the step."""
+        self._marks = [] if self._said else _marks(tensors)
 
     def look(self, tensors: Constrained, quantities: Mapping[str, Tensor]) -> None:
         """See where tensors are; collective where they are split over processes, if there are radii.
@@ -86,6 +99,14 @@ class Leaving:
     def leave_device(self) -> None:
         """Keep the radii on the CPU, and nothing else."""
         self._radii, self._found = None if self._radii is None else self._radii.cpu(), None
+
+
+def _marks(tensors: Constrained) -> list[int]:
+    """What changes when somebody writes to a tensor. Of split ones nothing: all processes have to look together."""
+    if tensors.are_split:
+        return []
+    trainable = [parameter for parameter in tensors.parameters if parameter.requires_grad]
+    return [*map(_version, trainable), *map(Tensor.data_ptr, trainable)]
 
 
 def _longer(vectors: Tensor, like: Tensor) -> Tensor:
