@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -46,6 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "l2sp": {"class": L2SPCallback, "strength": 0.3},
     "anchor_decay": {"class": AnchorDecayCallback, "strength": 0.5},
     "wise_ft": {"class": WiSEFTCallback, "alpha": 0.3},
+    "wise_ft_sweep": {"class": WiSEFTCallback, "alpha": "sweep", "monitor": "val_loss", "mode": "min"},
 }
 STRATEGIES = ("ddp", "fsdp2", "tensor_parallel")
 
@@ -99,13 +101,30 @@ class Module(pl.LightningModule):
 
 
 class Seen(pl.Callback):
-    """What a rank sees after every batch."""
+    """What a rank sees after every batch, and what it sends in the steps of optimizers."""
+
+    COLLECTIVES = ("all_reduce", "barrier", "broadcast", "all_gather", "all_gather_object", "broadcast_object_list")
 
     def __init__(self, callback: pl.Callback) -> None:
         self.callback = callback
         self.learned: list[dict[str, float]] = []
+        self.sent: list[str] = []
+        self._usual = {name: getattr(dist, name) for name in self.COLLECTIVES}
+
+    def on_before_optimizer_step(self, *_: object) -> None:
+        for name, function in self._usual.items():
+            setattr(dist, name, self._noting(name, function))
+
+    def _noting(self, name: str, function: Any) -> Any:
+        def send(*args: Any, **options: Any) -> Any:
+            self.sent.append(name)
+            return function(*args, **options)
+
+        return send
 
     def on_train_batch_end(self, *_: object) -> None:
+        for name, function in self._usual.items():
+            setattr(dist, name, function)
         name = "radii" if hasattr(self.callback, "radii") else "omegas"
         self.learned.append(dict(getattr(self.callback, name, {})))
 
@@ -185,7 +204,8 @@ def train(
     trainer.fit(
         module, DataLoader(train_set, batch, sampler=sampler), DataLoader(held_out, batch), ckpt_path=resume_from
     )
-    return {"weights": weights, "learned": seen.learned, "anchor": {n: _whole(a) for n, a in callback.anchor.items()}}
+    anchor = {name: _whole(value) for name, value in callback.anchor.items()}
+    return {"weights": weights, "learned": seen.learned, "sent": seen.sent, "anchor": anchor}
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -242,7 +262,7 @@ def main(folder: Path) -> None:
             print(case, flush=True)
         results[case] = train(**options, rank=rank, world_size=world_size)
     torch.save(results, folder / f"rank-{rank}-of-{world_size}.pt")
-    torch.distributed.destroy_process_group()  # gloo's threads, left running, may abort the process at its end
+    dist.destroy_process_group()  # gloo's threads, left running, may abort the process at its end
 
 
 if __name__ == "__main__":

@@ -115,6 +115,13 @@ def test_same_everywhere_checkpoints_are_portable(
     assert_same(resumed, single(method=method))
 
 
+@pytest.mark.parametrize(("method", "sends"), {"tpgm_mars": 2, "tpgm_l2": 4, "ftp_mars": 0, "digrap": 0}.items())
+def test_a_radius_update_under_ddp_sends_one_vector(ranks: list[Results], method: str, sends: int) -> None:
+    """One all-reduce for each of the updates, in steps 1 and 5 of 6, and no barrier; a projection sends nothing."""
+    for results in ranks:
+        assert results[f"ddp-{method}"]["sent"] == ["all_reduce"] * sends
+
+
 def test_every_method_and_strategy_is_covered() -> None:
     assert {f"{strategy}-{method}" for strategy in STRATEGIES for method in METHODS} <= set(ON_TWO)
 
