@@ -182,8 +182,8 @@ class Layout:
                 parts.append(function(*(self._here(matrix[block]) for matrix in matrices)))
                 if copy is not None:
                     copy[block].copy_(matrices[0][block])
-            rows = torch.cat(parts, dim=-1)
-            found.append((rows.sum(dim=-1, keepdim=True) if group.one_row else rows).to(self.dtype))
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            found.append((rows.sum(dim=-1, keepdim=True) if group.one_row and len(parts) > 1 else rows).to(self.dtype))
         return torch.cat(found, dim=-1) if found else torch.empty(0, dtype=self.dtype, device=self._device)
 
     # ---- from rows to tensors and back
@@ -200,7 +200,10 @@ class Layout:
         """The sum over each tensor's rows, shape (..., T) from (..., rows)."""
         # not by `index_add`: on a GPU its order changes, and processes would differ in the last digits
         parts = zip(self._groups, rows.split(self._sizes, dim=-1), strict=True)  # type: ignore[no-untyped-call]
-        each = [part.unflatten(-1, (len(group.indices), group.rows_each)).sum(dim=-1) for group, part in parts]
+        each = [
+            part if group.rows_each == 1 else part.unflatten(-1, (len(group.indices), group.rows_each)).sum(dim=-1)
+            for group, part in parts
+        ]
         sums = torch.cat(each, dim=-1)
         return torch.empty_like(sums).index_copy(-1, self._tensors, sums)
 

@@ -1,0 +1,102 @@
+"""As many operations are asked of a device in a step as docs/cost.md says, counted on the device meta."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_tpgm.constrained import Constrained
+from lightning_tpgm.methods import TPGM, Step
+from test_overhead import load
+from test_passes import METHODS, HeldOut
+
+PLAIN = "a plain step"
+models = load("models")
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "ResNet-50": models.resnet50,
+    "ViT-B/16": lambda: models.Transformer(models.Patches(768), 768, 12, 12),
+    "2,000 small tensors": lambda: models.Tiny(2000, 2_000_000),
+}
+NOT_LAUNCHED = ("empty", "alias", "promote_types", "detach")
+
+
+def documented() -> dict[str, list[int]]:
+    text = (Path(__file__).parents[1] / "docs" / "cost.md").read_text().partition("| operations |")[2]
+    rows = re.findall(r"^\| ([^|]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
+    return {name: [int(count.replace(",", "")) for count in counts] for name, *counts in rows}
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is carried out; views and new memory are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name
+        self.count += not function.is_view and not any(word in name for word in NOT_LAUNCHED)
+        return function(*args, **(kwargs or {}))
+
+
+@cache
+def model(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return MODELS[name]()
+
+
+def plain_step(name: str) -> int:
+    """Forward and backward pass at batch size 8, and SGD."""
+    module, images = model(name), torch.empty(8, 3, 224, 224, device="meta")
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, foreach=True)
+    optimizer.zero_grad()
+    with Operations() as operations:
+        module(images).sum().backward()
+        optimizer.step()
+    return operations.count
+
+
+@torch.no_grad()
+def own_step(method: Any, name: str) -> int:
+    """What a method adds to a plain step, or to the end of the fit."""
+    parameters = dict(model(name).named_parameters())
+    anchors: dict[str, Tensor] = {name: torch.empty_like(parameter) for name, parameter in parameters.items()}
+    if isinstance(method, TPGM):
+        method.held_out = HeldOut()  # type: ignore[assignment]
+    tensors = Constrained(parameters, anchors, method.norm)
+    tensors.prepare(method.has_radii)
+    method.place(tensors)
+    method.joined(tensors, list(parameters))
+    step = Step(torch.optim.SGD(parameters.values(), lr=0.1), 0)
+    for _ in range(3):
+        for parameter in parameters.values():
+            parameter.grad = torch.empty_like(parameter)
+        with Operations() as operations:
+            method.before(tensors, step)
+            method.change_gradients(tensors, step)
+            method.after(tensors, step)
+            if method.acts_at_end:
+                method.finish(tensors)
+    return operations.count
+
+
+@pytest.mark.parametrize("name", [*METHODS])
+def test_no_more_operations_than_documented(name: str) -> None:
+    assert [own_step(METHODS[name](), each) for each in MODELS] == documented()[name]
+
+
+def test_operations_of_a_plain_step_are_of_the_documented_size() -> None:
+    """Not to the last one: torch decides."""
+    assert [plain_step(each) for each in MODELS] == pytest.approx(documented()[PLAIN], rel=0.2)
+
+
+def test_the_table_has_every_method() -> None:
+    assert [*documented()] == [PLAIN, *METHODS]
