@@ -33,6 +33,7 @@ class Anchors:
             ``"pretrained"``: given weights; ``"restored"``: a checkpoint.
         joined: The anchor of each constrained parameter, by name.
         settled: False where `retake` may find other weights: there has been no step yet.
+        in_file: Whether the anchors stay in a file, since nobody needs them yet: those here have no elements.
         parameters: The constrained parameters by the same names, in the same order; empty after `release`.
     """
 
@@ -43,7 +44,7 @@ class Anchors:
     def forget(self) -> None:
         """Back to the state of a new object."""
         self.origin: Origin = "none"
-        self.settled = True
+        self.settled, self.in_file = True, False
         self.joined: dict[str, Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor | None] = {}  # of all that wait; None: what they hold then
@@ -63,7 +64,11 @@ class Anchors:
         self.settled = False
 
     def begin_from(
-        self, pretrained: Mapping[str, Tensor], candidates: Mapping[str, Tensor], report: Callable[[str], None]
+        self,
+        pretrained: Mapping[str, Tensor],
+        candidates: Mapping[str, Tensor],
+        report: Callable[[str], None],
+        in_file: bool = False,
     ) -> None:
         """Given weights, matched by name; candidates without one are not constrained, and this is reported.
 
@@ -71,17 +76,17 @@ class Anchors:
             ValueError: If they do not fit, see `lightning_tpgm.pretrained.match_names`.
         """
         self.forget()
-        self.origin = "pretrained"
+        self.origin, self.in_file = "pretrained", in_file
         self._wait_for(match_pretrained(pretrained, candidates, report) if candidates else {}, candidates)
 
-    def restore(self, state: Mapping[str, Any], candidates: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Any], candidates: Mapping[str, Tensor], in_file: bool = False) -> None:
         """What `state_dict` gave.
 
         Raises:
             ValueError: If these anchors are not those of the candidates.
         """
         self.forget()
-        self.origin, self._kept = "restored", dict(state["waiting"])
+        self.origin, self._kept, self.in_file = "restored", dict(state["waiting"]), in_file
         self._joins(
             state["anchor"],
             candidates,
@@ -161,7 +166,11 @@ class Anchors:
 
     def own(self) -> None:
         """Copy what is kept for those that wait: where it came from may go on training."""
-        self._kept = {name: None if value is None else value.clone() for name, value in self._kept.items()}
+
+        def copy(value: Tensor) -> Tensor:
+            return value.to("meta") if self.in_file else value.clone()
+
+        self._kept = {name: None if value is None else copy(value) for name, value in self._kept.items()}
 
     def release(self) -> None:
         """Let go of the parameters and of device memory; anchors stay, on the CPU, for a later `state_dict`."""
@@ -194,6 +203,8 @@ class Anchors:
                 f"`anchor_device` = {self.device!r} does not support parameters that are split over processes:"
                 " their anchors are split with them, and stay beside them. Leave it out."
             )
+        if self.in_file:
+            return torch.empty_like(parameter, requires_grad=False, device="meta")
         return capture(value, parameter, self.device)
 
 
@@ -213,8 +224,8 @@ def capture(value: Tensor, parameter: Tensor, device: AnchorDevice = None) -> Te
 
 
 def to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU; those that are split over processes stay where they are."""
-    return {name: tensor if is_split(tensor) else tensor.cpu() for name, tensor in tensors.items()}
+    """The tensors on the CPU; those that are split over processes, or in a file, stay where they are."""
+    return {name: tensor if is_split(tensor) or tensor.is_meta else tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _equal(value: Tensor, parameter: Tensor) -> bool:

@@ -23,6 +23,7 @@ from lightning_tpgm.observing.shown import Shown
 from lightning_tpgm.optimizers import evaluates_other_weights, needs_unscaled_gradients, weights_for_evaluation
 from lightning_tpgm.references import AnchorFile, moved, named, put_back
 from lightning_tpgm.selection import check_dense
+from lightning_tpgm.sharding import is_split
 from lightning_tpgm.steps import Steps
 
 Say = Callable[[str], None]
@@ -74,10 +75,14 @@ class Constraint(Shown):
         if pretrained is None:
             self.anchors.begin(candidates)
         else:
-            self.anchors.begin_from(pretrained, candidates, self._report)
             if path is not None and not self._save_anchor:
                 self._file = AnchorFile.of(path, pretrained, candidates)
+            self.anchors.begin_from(pretrained, candidates, self._report, self._can_wait_for(candidates))
         self._attach(model, candidates)
+
+    def _can_wait_for(self, candidates: Tensors) -> bool:
+        """Whether the anchors may stay in their file until the end. Processes that share tensors keep their parts."""
+        return self._file is not None and self.method.acts_at_end and not any(map(is_split, candidates.values()))
 
     def restore(
         self,
@@ -98,11 +103,14 @@ class Constraint(Shown):
         pretrained: Tensors | None = None,
         path: Path | None = None,
     ) -> None:
-        self.anchors.restore(put_back(state, path, pretrained), candidates)
         self._file = None if self._save_anchor else moved(named(state), path)
+        self.anchors.restore(put_back(state, path, pretrained), candidates, self._can_wait_for(candidates))
 
     def go_on(self, model: nn.Module, candidates: Tensors, pretrained: Tensors | None = None) -> None:
         """Go on with the same model after `release`."""
+        if self._file is not None and pretrained is not None:  # the model may have got new parameters
+            self._file = AnchorFile.of(Path(self._file.path), pretrained, candidates)
+        self.anchors.in_file = self._can_wait_for(candidates)
         self.anchors.go_on(candidates, pretrained, self._report)
         self._attach(model, candidates)
 
@@ -113,7 +121,7 @@ class Constraint(Shown):
             self.load(state)
         self.join()
         self.anchors.own()
-        if self.method.has_radii:
+        if self.method.has_radii and not self.anchors.in_file:
             text = too_long_for_max_norm(model, self.anchors.joined, self.anchors.parameters)
             if text:
                 self._warn(f"{self.title}: {text}")
@@ -141,7 +149,8 @@ class Constraint(Shown):
     def _arrange(self) -> Constrained:
         parameters, anchors = self.anchors.parameters, self.anchors.joined
         self.tensors = Constrained(parameters, anchors, self.method.norm, self._gathering)
-        self.tensors.prepare(self.method.has_radii)
+        if not self.anchors.in_file:
+            self.tensors.prepare(self.method.has_radii)
         self.method.place(self.tensors)
         return self.tensors
 
@@ -196,10 +205,17 @@ class Constraint(Shown):
         tensors = None if self.tensors is None else self.tensors.stepped_by(step.optimizer)
         return tensors if tensors is not None and tensors.names else None
 
+    def fetch(self) -> None:
+        """Read the anchors that have stayed in their file so far."""
+        if self.anchors.in_file:
+            self.anchors.restore(put_back(self._kept()), self._candidates)
+            self._arrange()
+
     @torch.no_grad()
     def finish(self) -> None:
         """No step follows: methods that act at the end do so now, on all that is not frozen."""
         if self.tensors is not None:
+            self.fetch()
             self.method.finish(self.tensors.not_frozen())
 
     def remove(self) -> None:
@@ -237,7 +253,7 @@ class Constraint(Shown):
 
         Collective where parameters are split over processes, if they are not `at_hand`.
         """
-        if self.tensors is None or not self.tensors.names:
+        if self.tensors is None or not self.tensors.names or self.anchors.in_file:
             return {}
         with torch.no_grad():
             return self.method.quantities(self.tensors)
@@ -268,12 +284,18 @@ class Constraint(Shown):
 
     def state_dict(self) -> dict[str, Any]:
         """Anchors or their file, what was learned and what was seen, on the CPU. Collective where tensors are split."""
-        return {
-            **self.anchors.state_dict({} if self._file is None else self._file.sources),
-            **({} if self._file is None else {"file": self._file.state()}),
-            "method": self.method.state(),
-            "history": self.reporter.history.state_dict(),
-        }
+        return {**self._kept(), "method": self.method.state(), "history": self.reporter.history.state_dict()}
+
+    def _kept(self) -> dict[str, Any]:
+        if self._file is None:
+            return self.anchors.state_dict()
+        return {**self.anchors.state_dict(self._file.sources), "file": self._file.state()}
+
+    @property
+    @override
+    def anchor(self) -> dict[str, Tensor]:
+        """The pretrained value of each constrained parameter, by name; read from their file while they are there."""
+        return dict(put_back(self._kept())["anchor"] if self.anchors.in_file else self.anchors.joined)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave: the anchors are the original ones, whatever the model holds now.

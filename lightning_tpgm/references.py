@@ -97,8 +97,8 @@ def put_back(
         tensors = read_pretrained(where) if given is None else given
     except FileNotFoundError as error:
         raise ValueError(
-            f"The checkpoint has its anchors in {where!r} (`save_anchor` = False), and there is no such file. Pass the"
-            " file's new place as `pretrained`."
+            f"The anchors are in {where!r} (`save_anchor` = False), and there is no such file. Pass the file's new"
+            " place as `pretrained`."
         ) from error
     missing = sorted(set(file.sources.values()) - set(tensors))
     if missing or fingerprint(tensors, file.sources) != file.fingerprint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 from copy import deepcopy
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning_tpgm.methods import FTP
 from lightning_tpgm.references import fingerprint
 from properties import assert_same
 from test_resume import EPOCHS, by_save_checkpoint, resumable
-from toys import quiet_trainer, toy
+from toys import Toy, quiet_trainer, toy, train_loader, val_loader
 
 METHODS = {"TPGM": TPGMCallback, "FTP": FTPCallback, "WiSE-FT": WiSEFTCallback}
 
@@ -64,6 +65,8 @@ def test_exact_resume(make: Any, moves: bool, tmp_path: Path) -> None:
     found = run(tmp_path, make(pretrained=place, save_anchor=False), resume=checkpoint)
     assert found["callback"].pop("file")["path"] == str(place)
     found["callback"]["anchor"] = expected["callback"]["anchor"]  # only their names are there
+    if make is WiSEFTCallback:  # its anchors were in the file meanwhile: no distances were seen
+        assert found["callback"].pop("history")["values"] != expected["callback"].pop("history")["values"]
     assert_same(found, expected)
 
 
@@ -177,3 +180,94 @@ def test_the_fingerprint_is_of_all_there_is() -> None:
     ]
     assert len({same, *(fingerprint(other, sources) for other in others)}) == 4
     assert fingerprint(tensors, {"x": "a"}) != same
+
+
+AT_END = {
+    "TPGM": lambda **options: TPGMCallback(when="fit_end", radius_steps=2, **options),
+    "WiSE-FT": lambda **options: WiSEFTCallback(0.3, **options),
+    "sweep": lambda **options: WiSEFTCallback("sweep", monitor="val_loss", mode="min", **options),
+}
+
+
+class Held(pl.Callback):
+    """The bytes of all tensors that there are in mid-run."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 4:
+            gc.collect()
+            storages = {
+                tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+                for tensor in gc.get_objects()
+                if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu"
+            }
+            self.bytes = sum(storages.values())
+
+
+class Wide(Toy):
+    """One large layer beside the toy's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(1000, 1000)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("make", AT_END.values(), ids=AT_END)
+def test_what_acts_at_the_end_needs_no_memory_until_then(make: Any, tmp_path: Path) -> None:
+    torch.save(Wide().state_dict(), tmp_path / "pretrained.pt")
+    found = []
+    for callback in ([], [make(pretrained=tmp_path / "pretrained.pt", save_anchor=False)]):
+        held = Held()
+        quiet_trainer(*callback, held).fit(Wide(), train_loader(), val_loader())
+        found.append(held.bytes)
+    plain, added = found[0], found[1] - found[0]
+    assert plain > 4_000_000
+    assert added < 0.01 * plain
+
+
+@pytest.mark.parametrize("make", AT_END.values(), ids=AT_END)
+@pytest.mark.parametrize("second", [False, True], ids=["one fit", "two fits"])
+def test_anchors_that_stay_in_the_file_give_the_same_end(make: Any, second: bool, tmp_path: Path) -> None:
+    file, found = pretrained_file(tmp_path), []
+    for save_anchor in (True, False):
+        torch.manual_seed(7)
+        module, callback = resumable(0), make(pretrained=file, save_anchor=save_anchor)
+        trainer = quiet_trainer(callback, max_epochs=1)
+        trainer.fit(module)
+        if second:
+            trainer.fit_loop.max_epochs = 2
+            trainer.fit(module)
+        found.append({"weights": module.state_dict(), "anchor": callback.anchor, "copied": deepcopy(callback).anchor})
+    assert_same(found[1], found[0])
+
+
+def test_anchors_that_stay_in_the_file_can_be_asked_for(tmp_path: Path) -> None:
+    """In mid-run, of a copy from there, and after an exception."""
+    file, seen = pretrained_file(tmp_path), []
+    callback = WiSEFTCallback(pretrained=file, save_anchor=False)
+
+    class Ask(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            seen.extend([callback.anchor, deepcopy(callback).anchor])
+            assert all("distance" not in row for row in callback.report())
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        quiet_trainer(callback, Ask()).fit(resumable(0))
+    pretrained = toy(5).state_dict()
+    for anchor in [*seen, callback.anchor]:
+        assert_same(anchor, {name: pretrained[name] for name in anchor})
+        assert "head.weight" in anchor
+
+
+def test_a_file_that_changes_before_the_end_is_an_error(tmp_path: Path) -> None:
+    file = pretrained_file(tmp_path)
+
+    class Change(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            change(file)
+
+    with pytest.raises(MisconfigurationException, match="has changed since"):
+        quiet_trainer(WiSEFTCallback(pretrained=file, save_anchor=False), Change()).fit(resumable(0))

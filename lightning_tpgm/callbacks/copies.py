@@ -36,8 +36,9 @@ class PlainCopies:
         """The arguments, what a checkpoint would hold, and what was seen last."""
         arguments = {name: value for name, value in vars(self).items() if name not in _RUNTIME}
         state = self.state_dict()
-        if state and self._loaded is None:  # a checkpoint may name its anchors; a copy holds them
-            state |= self._constraint.anchors.state_dict()
+        anchors = self._constraint.anchors
+        if state and self._loaded is None and not anchors.in_file:  # a checkpoint may name its anchors; a copy has them
+            state |= anchors.state_dict()
         return {**arguments, "_state": state, "_last": dict(self._constraint.seen())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

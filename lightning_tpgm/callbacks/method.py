@@ -212,9 +212,15 @@ class MethodCallback(PlainCopies, Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops following the optimizers; methods that act at the end do so."""
-        self._constraint.steps.stop()
+        self._stop()
         self._constraint.finish()
         self._conclude(trainer)
+
+    def _stop(self) -> None:
+        """No step follows: what happens at the end may need the anchors."""
+        self._constraint.steps.stop()
+        with configuration_errors():
+            self._constraint.fetch()
 
     def _conclude(self, trainer: pl.Trainer) -> None:
         """Keep the values at the end of the fit, and log them."""

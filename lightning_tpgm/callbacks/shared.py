@@ -42,6 +42,8 @@ class Shared(TypedDict, total=False):
             when they are needed. None: on the parameters' device.
         save_anchor: Whether checkpoints hold the anchors. False: they hold the path of the ``pretrained`` file and a
             fingerprint of its tensors, and to resume reads the file and compares. If it has moved, pass its new place.
+            What acts at the end of the fit reads the file again then. It holds no anchors in memory before, and so
+            records no distances.
     """
 
     exclude: Sequence[str]

@@ -127,7 +127,7 @@ class WiSEFTCallback(MethodCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Chooses alpha, if that is asked for, and interpolates."""
         if (search := self._search) is not None:
-            self._constraint.steps.stop()
+            self._stop()
             self._choose(search, trainer, pl_module)
         super().on_train_end(trainer, pl_module)
 
