@@ -293,9 +293,12 @@ not_a_loader = 3
         ("toys:no_such_name", "...import path 'toys:no_such_name' leads nowhere: ...no_such_name..."),
         (
             "test_clear_failure:not_a_loader",
-            "`dataloader` should give an iterable of batches, found int from 'test_c...",
+            "`dataloader` should give an iterable of batches, found int from 'test_c... Let it return a loader.",
         ),
-        (lambda: None, "`dataloader` should give an iterable of batches, found NoneType from <function..."),
+        (
+            lambda: None,
+            "`dataloader` should give an iterable of batches, found NoneType from <function... Let it return a loader.",
+        ),
     ],
 )
 def test_dataloader_that_leads_to_none(dataloader: Any, message: str) -> None:

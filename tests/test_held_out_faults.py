@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -383,6 +384,76 @@ def test_no_validation_loader_in_the_collection(loaders: Any, limit_val_batches:
     train = Blobs().train_dataloader()
     with pytest.raises(MisconfigurationException, match=expected):
         fit(tmp_path, Classifier(), TPGMCallback(), train, loaders, limit_val_batches=limit_val_batches)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[None], {"a": Blobs().val_dataloader(), "b": None}, CombinedLoader([None], "max_size"), 3, [[], 0.5]],
+    ids=str,
+)
+def test_collection_with_what_is_no_loader(given: Any, tmp_path: Path) -> None:
+    """Lightning says so itself where it validates."""
+    module = Classifier()
+    module.val_dataloader = lambda: given  # type: ignore[method-assign]
+    found = type(0.5 if given == [[], 0.5] else 3 if given == 3 else None).__name__
+    message = (
+        f"val_dataloader\\(\\) of Classifier should give a loader, or a collection .*found {found}. Leave that out,"
+    )
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, module, TPGMCallback(), Blobs().train_dataloader())
+    message = f"`val_dataloaders` should give a loader, or a collection of them, found {found}. Leave that out, or pass"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, Classifier(), TPGMCallback(), Blobs().train_dataloader(), given)
+
+
+@pytest.mark.parametrize("name", ["val_dataloader", "tpgm_dataloader"])
+@pytest.mark.parametrize("in_datamodule", [True, False])
+@pytest.mark.parametrize("limit_val_batches", [0, 1.0])
+def test_method_with_arguments(name: str, in_datamodule: bool, limit_val_batches: float, tmp_path: Path) -> None:
+    def method(self: Any, folder: str, *, stage: str, more: int = 0) -> Any:
+        raise NotImplementedError
+
+    base = Blobs if in_datamodule else Classifier
+    owner: Any = type("Owner", (base,), {name: method})()
+    loaders = [Blobs().train_dataloader(), *([Blobs().val_dataloader()] if name == "tpgm_dataloader" else [])]
+    module, data = (Classifier(), [owner]) if in_datamodule else (owner, loaders)
+    message = rf"{name}\(\) of Owner should be called without arguments, found that it needs 'folder', 'stage'. Give"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, module, TPGMCallback(), *data, limit_val_batches=limit_val_batches)
+
+
+def given_arguments(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any) -> Any:
+        return method(*args, batch_size=8)
+
+    return call
+
+
+def test_a_decorator_may_give_the_arguments(tmp_path: Path) -> None:
+    """`inspect.signature` shows those of the function inside."""
+
+    class Data(Blobs):
+        @given_arguments
+        def val_dataloader(self, batch_size: int) -> Any:
+            return DataLoader(self.val, batch_size)
+
+    callback = TPGMCallback()
+    fit(tmp_path, Classifier(), callback, Data())
+    assert callback.radii
+    TPGMCallback(given_arguments(lambda batch_size: DataLoader(blobs(8), batch_size)))
+
+
+def test_tpgm_dataloader_may_be_any_function(tmp_path: Path) -> None:
+    class Data(Blobs):
+        tpgm_dataloader: Any = staticmethod(lambda: DataLoader(blobs(8), 4))
+
+    callback = TPGMCallback()
+    fit(tmp_path, Classifier(), callback, Data())
+    assert callback.radii
+    Data.tpgm_dataloader = DataLoader(blobs(8), 4)
+    with pytest.raises(MisconfigurationException, match=r"tpgm_dataloader\(\) of Data should be a method .*DataLoader"):
+        fit(tmp_path, Classifier(), TPGMCallback(), Data())
 
 
 class Stream(IterableDataset[Any]):

@@ -59,16 +59,22 @@ def _check_gives_batches(found: object) -> None:
         )
 
 
-def _check_no_arguments(function: Callable[..., object]) -> None:
+def missing_arguments(function: Callable[..., object]) -> str:
+    """The arguments that a function cannot be called without, quoted; empty if there are none."""
     with suppress(ValueError):  # some callables have no signature
-        by_name = inspect.signature(function).parameters.values()
+        by_name = inspect.signature(function, follow_wrapped=False).parameters.values()  # a decorator may fill some in
         variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        missing = [p.name for p in by_name if p.default is p.empty and p.kind not in variable]
-        if missing:
-            raise TypeError(
-                f"`dataloader` should be a function that is called without arguments, found {name_of(function)}, which"
-                f" needs {', '.join(map(repr, missing))}. Pass a loader, or functools.partial(function, ...) with them."
-            )
+        return ", ".join(repr(p.name) for p in by_name if p.default is p.empty and p.kind not in variable)
+    return ""
+
+
+def _check_no_arguments(function: Callable[..., object]) -> None:
+    missing = missing_arguments(function)
+    if missing:
+        raise TypeError(
+            f"`dataloader` should be a function that is called without arguments, found {name_of(function)}, which"
+            f" needs {missing}. Pass a loader, or functools.partial(function, ...) with them."
+        )
 
 
 def resolve_loader(dataloader: Iterable[Any] | Callable[[], Iterable[Any]] | str) -> Iterable[Any]:
@@ -95,6 +101,7 @@ def resolve_loader(dataloader: Iterable[Any] | Callable[[], Iterable[Any]] | str
         _check_gives_batches(found)
     if not isinstance(found, Iterable):
         raise MisconfigurationException(
-            f"`dataloader` should give an iterable of batches, found {type(found).__name__} from {dataloader!r}."
+            f"`dataloader` should give an iterable of batches, found {type(found).__name__} from {dataloader!r}. Let it"
+            " return a loader."
         )
     return found
