@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
@@ -18,7 +19,8 @@ from lightning_tpgm.callbacks.framework import (
     validation_loader,
     validation_source,
 )
-from lightning_tpgm.callbacks.source import missing_arguments
+from lightning_tpgm.callbacks.shared import configuration_errors
+from lightning_tpgm.callbacks.source import Anew, check_many_passes, ends_for_good, missing_arguments
 
 
 def has_default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
@@ -54,7 +56,11 @@ def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
     owner, name = _default_source(trainer, pl_module)
     title = _title(owner, name)
     if name == "tpgm_dataloader":
-        return _checked(flat(owner.tpgm_dataloader()), title), title
+        own = _checked(flat(owner.tpgm_dataloader()), title)
+        again = [
+            Anew(partial(_one_of, owner.tpgm_dataloader, i)) if ends_for_good(one) else one for i, one in enumerate(own)
+        ]
+        return again, title
     loaders = trainer.val_dataloaders
     if loaders is None:  # validation is switched off
         loaders = validation_source(trainer).dataloader()
@@ -72,7 +78,10 @@ def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
         "the validation data. Choosing radii and checkpoints on the same data makes the validation score optimistic; to"
         " keep them apart pass `dataloader` or define tpgm_dataloader()"
     )
-    return _checked(found, title), described
+    with configuration_errors():
+        for part in (part for loader in _checked(found, title) for part in parts(loader)):
+            check_many_passes(title, part)
+    return found, described
 
 
 def _default_source(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Any, str]:
@@ -81,6 +90,10 @@ def _default_source(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
         if getattr(owner, "tpgm_dataloader", None) is not None:
             return owner, "tpgm_dataloader"
     return validation_source(trainer).instance, "val_dataloader"
+
+
+def _one_of(method: Callable[[], Any], index: int) -> Any:
+    return flat(method())[index]
 
 
 def _title(owner: object, name: str) -> str:
