@@ -222,6 +222,92 @@ def test_without_a_training_batch_it_says_that(tmp_path: Path) -> None:
         )
 
 
+class Unspeakable(RuntimeError):
+    """Fails to say what it is, as errors do whose constructor was not called."""
+
+    def __str__(self) -> str:
+        raise AttributeError("no message")
+
+
+def test_an_error_without_text_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"failed on a held-out batch: Unspeakable, whose text cannot be"
+    ):
+        fit(tmp_path, Fails(Unspeakable()), TPGMCallback())
+
+
+def test_an_error_without_text_in_the_backward_pass(tmp_path: Path) -> None:
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            raise Unspeakable
+
+    class Module(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.loss(batch)
+            return loss if self.training else Backward.apply(loss)  # type: ignore[no-untyped-call]
+
+    with pytest.raises(MisconfigurationException, match=r"^The gradient of .* failed on .*: Unspeakable, whose text"):
+        fit(tmp_path, Module(), TPGMCallback())
+
+
+# --- whatever the loader raises
+
+
+class Broken(Dataset[Any]):
+    """Raises an error where it is said to."""
+
+    def __init__(self, error: Exception, where: str) -> None:
+        self.error, self.where, self.data = error, where, blobs(16)
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> Any:
+        if self.where == "data set":
+            raise self.error
+        return self.data[index]
+
+    def fail(self, *_: Any) -> Any:
+        raise self.error
+
+    def loader(self) -> Any:
+        if self.where == "function":
+            raise self.error
+        options: dict[str, Any] = {"collate_fn": self.fail} if self.where == "collate_fn" else {}
+        if self.where == "worker":
+            options = {"num_workers": 1, "worker_init_fn": self.fail}
+        return DataLoader(self, 8, **options)
+
+
+@forks
+@pytest.mark.parametrize("where", ["data set", "collate_fn", "worker", "function"])
+@pytest.mark.parametrize("by", ["dataloader", "tpgm_dataloader"])
+def test_an_error_of_the_loader_names_the_loader(where: str, by: str, tmp_path: Path) -> None:
+    error = ValueError("no such image")
+    module, make = Classifier(), Broken(error, where).loader
+    module.tpgm_dataloader = make  # type: ignore[assignment]
+    with pytest.raises(
+        MisconfigurationException, match=r"(?s)^The held-out loader failed to .*no such image"
+    ) as caught:
+        fit(tmp_path, module, TPGMCallback(make if by == "dataloader" else None))
+    assert "_step" not in str(caught.value)
+    assert "Mend that, or pass another `dataloader`." in str(caught.value)
+    assert isinstance(caught.value.__cause__, ValueError)  # a worker's is made anew
+
+
+def test_an_error_without_text_of_the_loader(tmp_path: Path) -> None:
+    error = Unspeakable()
+    expected = r"^The held-out loader failed to give a batch: Unspeakable, whose text cannot be read"
+    with pytest.raises(MisconfigurationException, match=expected) as caught:
+        fit(tmp_path, Classifier(), TPGMCallback(Broken(error, "data set").loader))
+    assert caught.value.__cause__ is error
+
+
 # --- modes
 
 
