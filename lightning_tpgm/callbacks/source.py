@@ -57,7 +57,7 @@ class Anew:
 
 def ends_for_good(found: object) -> bool:
     """Whether it is an iterator that nothing begins anew: a generator, or what `iter`, `map` and `zip` give."""
-    kind = type(found)
+    kind: Any = type(found)
     return isinstance(found, Iterator) and (
         kind.__module__ in ("builtins", "itertools")
         or kind.__iter__ is Iterator.__iter__
