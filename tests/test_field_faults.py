@@ -298,7 +298,22 @@ def test_numpys_numbers_are_numbers() -> None:
     assert "np." not in repr(callback)
 
 
-@pytest.mark.parametrize("value", ["yes", 1, None])
+@pytest.mark.parametrize("value", [True, False])
+def test_numpys_truth_values_are_truth_values(value: bool, tmp_path: Path) -> None:
+    path, _ = checkpoints(tmp_path)
+    flags = dict.fromkeys(["summary", "save_anchor", "eval_mode"], np.bool_(value))
+    callback = TPGMCallback(pretrained=path, **flags)  # type: ignore[arg-type]
+    assert all(getattr(callback, name) is value for name in flags)
+    module = toy()
+    constraint = constrain(
+        module, SPD(), module.configure_optimizers(), pretrained=path, save_anchor=flags["save_anchor"]
+    )
+    assert ("file" in constraint.state_dict()) != value
+    with pytest.raises(MisconfigurationException, match=r"^`radius_lr` should be a positive number or 'auto', found"):
+        TPGMCallback(radius_lr=np.bool_(value))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None, np.int64(1), np.array([True]), torch.tensor(True)])
 def test_summary_is_a_truth_value(value: Any) -> None:
     with pytest.raises(MisconfigurationException, match=r"^`summary` should be True or False, found"):
         SPDCallback(summary=value)
