@@ -784,6 +784,41 @@ def test_reloaded_validation_loaders_are_followed(reload: int, tmp_path: Path, m
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("hook", ["val_dataloader", "tpgm_dataloader"])
+@pytest.mark.parametrize(("every", "expected"), [(0, [0, 0, 0, 0]), (1, [0, 1, 2, 3]), (2, [0, 0, 2, 2])])
+def test_loaders_are_reloaded_with_validation_off(every: int, expected: list[int], hook: str, tmp_path: Path) -> None:
+    """In one run, and in one that is resumed between epochs; 3 batches, so that passes end within epochs."""
+
+    def make(self: Any) -> DataLoader[Any]:
+        x, y = blobs(24).tensors
+        epoch = torch.full_like(x[:, 0], self.trainer.current_epoch if every else 0)
+        return DataLoader(TensorDataset(torch.column_stack([x[:, :-1], epoch]), y), 8)
+
+    data = type("Data", (Blobs,), {hook: make})
+    options: dict[str, Any] = {"reload_dataloaders_every_n_epochs": every}
+
+    def run(epochs: int, ckpt_path: Path | None = None) -> tuple[list[Tensor], pl.Trainer]:
+        drawn: list[Tensor] = []
+
+        def own_loss(pl_module: Classifier, batch: Any) -> Tensor:
+            drawn.append(batch[0].clone())
+            return pl_module.loss(batch)
+
+        callback = TPGMCallback(loss=own_loss, every_n_steps=1)
+        trainer = trainer_in(tmp_path, limit_val_batches=0, max_epochs=epochs, callbacks=[callback], **options)
+        torch.manual_seed(0)
+        trainer.fit(Classifier(), data(), ckpt_path=ckpt_path)
+        return drawn, trainer
+
+    drawn, _ = run(4)
+    assert [int(batch[0, -1]) for batch in drawn[::4]] == expected
+    assert [int(batch[0, -1]) for batch in drawn[3::4]] == expected
+    first, trainer = run(2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second, _ = run(4, tmp_path / "half.ckpt")
+    assert_same(first + second, drawn)
+
+
 # --- modules with a backward of their own
 
 
