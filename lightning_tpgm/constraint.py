@@ -20,7 +20,7 @@ from lightning_tpgm.methods.method import Method, Step
 from lightning_tpgm.observing.leaving import too_long_for_max_norm
 from lightning_tpgm.observing.reporter import Quantities, Reporter
 from lightning_tpgm.observing.shown import Shown
-from lightning_tpgm.optimizers import evaluates_other_weights, needs_unscaled_gradients, weights_for_evaluation
+from lightning_tpgm.optimizers import needs_unscaled_gradients, weights_for_evaluation
 from lightning_tpgm.references import AnchorFile, moved, named, put_back
 from lightning_tpgm.selection import check_dense
 from lightning_tpgm.sharding import is_split
@@ -162,12 +162,13 @@ class Constraint(Shown):
         Raises:
             TypeError: If an optimizer has no hooks, or evaluates other weights than it steps.
         """
-        self.steps.follow(optimizers)
+        optimizers = list(optimizers)
         if not self.method.changes_gradients and not self.method.acts_at_end:
-            for optimizer in self.steps.optimizers:
-                if evaluates_other_weights(optimizer):
+            for optimizer in optimizers:
+                if why := weights_for_evaluation(self.title, optimizer):
                     self.steps.stop()
-                    raise TypeError(weights_for_evaluation(self.title, optimizer))
+                    raise TypeError(why)
+        self.steps.follow(optimizers)
 
     @torch.no_grad()
     def before(self, step: Step) -> None:

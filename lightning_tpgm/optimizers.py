@@ -1,8 +1,50 @@
-"""Optimizers that cannot be followed, and why."""
+"""Optimizers in wrappers, and those that cannot be followed, and why."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch.optim import Optimizer
+
+
+def is_optimizer(found: object) -> bool:
+    """Whether it steps groups of parameters, derived from torch's class or not."""
+    return hasattr(found, "param_groups") and callable(getattr(found, "step", None))
+
+
+def has_hooks(optimizer: object) -> bool:
+    """Whether it has hooks of its own, as the constructor of torch's class makes them."""
+    return "_optimizer_step_pre_hooks" in _attributes(optimizer)
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """What has hooks on its steps: the optimizer itself, or the one that it wraps; the optimizer if nothing has."""
+    if any(base.__name__ in ("LightningOptimizer", "_FabricOptimizer") for base in type(optimizer).__mro__):
+        return unwrapped(optimizer.optimizer)
+    held = _held_by(optimizer)
+    outermost = [one for one in held if not any(one is inner for other in held for inner in _nest(other)[1:])]
+    return optimizer if has_hooks(optimizer) or len(outermost) != 1 else unwrapped(outermost[0])
+
+
+def _nest(optimizer: object) -> list[Any]:
+    """An optimizer and all that are held by it, however deep."""
+    found = [optimizer]
+    for one in found:  # which grows meanwhile
+        found += [held for held in _held_by(one) if not any(held is other for other in found)]
+    return found
+
+
+def _held_by(optimizer: object) -> list[Any]:
+    """The optimizers among its attributes, and in their collections."""
+    values = [value for name, value in _attributes(optimizer).items() if name not in ("param_groups", "state")]
+    lists = [[*v.values()] if isinstance(v, Mapping) else v if isinstance(v, list | tuple) else [v] for v in values]
+    found = {id(value): value for values in lists for value in values if is_optimizer(value)}
+    return [*found.values()]
+
+
+def _attributes(found: object) -> dict[str, Any]:
+    return getattr(found, "__dict__", {})
 
 
 def needs_unscaled_gradients(title: str, optimizer: Optimizer) -> str:
@@ -14,15 +56,16 @@ def needs_unscaled_gradients(title: str, optimizer: Optimizer) -> str:
     )
 
 
-def evaluates_other_weights(optimizer: Optimizer) -> bool:
-    """Whether it has a mode for training and one for evaluation, as schedule-free optimizers do."""
-    return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
+def weights_for_evaluation(title: str, optimizer: object) -> str | None:
+    """Why methods that change the weights after its steps refuse it; None: they do not.
 
-
-def weights_for_evaluation(title: str, optimizer: Optimizer) -> str:
-    """Why such an optimizer is refused by methods that change the weights after its steps."""
-    return (
-        f"{title} keeps the weights that an optimizer steps near the pretrained ones, and {type(optimizer).__name__}"
-        " evaluates others: its eval() swaps them. Use an optimizer that does not, or act after the fit:"
-        " wise_ft_sweep or project_checkpoint."
-    )
+    A mode for training and one for evaluation tell, as of schedule-free optimizers. A wrapper may hide them.
+    """
+    for one in _nest(optimizer):
+        if callable(getattr(one, "eval", None)) and callable(getattr(one, "train", None)):
+            return (
+                f"{title} keeps the weights that an optimizer steps near the pretrained ones, and {type(one).__name__}"
+                " evaluates others: its eval() swaps them. Use an optimizer that does not, or act after the fit:"
+                " wise_ft_sweep or project_checkpoint."
+            )
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -14,6 +15,7 @@ from lightning_tpgm.constraint import Constraint
 from lightning_tpgm.freshness import fresh_layers
 from lightning_tpgm.gradients import PlainHeldOut
 from lightning_tpgm.methods import TPGM, Method
+from lightning_tpgm.optimizers import is_optimizer
 from lightning_tpgm.pretrained import Pretrained, path_of, read_pretrained
 from lightning_tpgm.references import check_save_anchor
 from lightning_tpgm.selection import constrainable
@@ -76,7 +78,8 @@ def constrain(
         )
     if isinstance(exclude, str):
         raise TypeError(f"`exclude` should be a sequence of patterns, found {exclude!r}. Write [{exclude!r}].")
-    followed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    given: Any = optimizers
+    followed: list[Optimizer] = [given] if is_optimizer(given) else list(given)
     model = _unwrapped(model)
     if isinstance(method, TPGM):
         if held_out_loss is None:

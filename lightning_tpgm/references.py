@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tpgm.methods.method import check
+from lightning_tpgm.methods.method import check, is_flag
 from lightning_tpgm.pretrained import Pretrained, match_names, path_of, read_pretrained
 
 _PLACES = ("anchor", "waiting")  # of anchors in a state dict
@@ -50,7 +50,7 @@ class AnchorFile:
 
 def check_save_anchor(save_anchor: object, pretrained: Pretrained | None) -> None:
     """Raise a ValueError about what cannot be referred to."""
-    check(isinstance(save_anchor, bool), "save_anchor", "True or False", save_anchor)
+    check(is_flag(save_anchor), "save_anchor", "True or False", save_anchor)
     if not save_anchor and path_of(pretrained) is None:
         kind = type(pretrained).__name__
         raise ValueError(f"`save_anchor` = False needs the path of a file as `pretrained`, found {kind}.")

@@ -83,5 +83,7 @@ def _closest(pattern: str, names: list[str]) -> str:
     close = [name for name in names if stem and stem in name] or difflib.get_close_matches(pattern, names, cutoff=0.4)
     if close or len(names) <= 5:
         return f"The closest names are {', '.join(map(repr, (close or names)[:5]))}."
-    beginnings = Counter(name.partition(".")[0] for name in names)
+    paths = [name.split(".") for name in names]
+    levels = [Counter(".".join(path[:depth]) for path in paths) for depth in range(1, max(map(len, paths)) + 1)]
+    beginnings = next((level for level in levels if len(level) > 1), levels[0])  # where names branch
     return f"Names begin with {', '.join(f'{start} ({count})' for start, count in beginnings.items())}."

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tpgm.methods.method import Step
+from lightning_tpgm.optimizers import has_hooks, unwrapped
 
 OnStep = Callable[[Step], None]
 
@@ -41,19 +42,21 @@ class Steps:
         self.any_seen = False
 
     def follow(self, optimizers: Iterable[Optimizer]) -> None:
-        """Follow these optimizers, and no others any more; of Lightning's and Fabric's wrappers what they wrap."""
-        found = [*{id(found): found for found in map(_unwrapped, optimizers)}.values()]  # each once
+        """Follow these optimizers, and no others any more; of wrappers without hooks of their own what they wrap."""
+        found = [*{id(found): found for found in map(unwrapped, optimizers)}.values()]  # each once
         if [*map(id, found)] == [*map(id, self.optimizers)]:
             return
         self.stop()
         for optimizer in found:
-            if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            if not has_hooks(optimizer):
                 raise TypeError(
                     f"{type(optimizer).__name__} has no hooks on its step, as every torch.optim.Optimizer has. Derive"
                     " it from that class and call super().__init__(params, defaults) in its constructor."
                 )
         self.optimizers = found
         for index, optimizer in enumerate(found):
+            if isinstance(optimizer, Optimizer):
+                optimizer._patch_step_function()  # else the first `zero_grad` does, if its constructor did not
             self._handles += [
                 optimizer.register_step_pre_hook(self._begins(index)),
                 optimizer.register_step_post_hook(self._ends(index)),
@@ -66,8 +69,9 @@ class Steps:
         self._handles, self._running, self.optimizers = [], [], []
 
     def step_of(self, optimizer: Optimizer) -> Step | None:
-        """A step of this optimizer, if it is followed."""
-        return next((Step(o, index) for index, o in enumerate(self.optimizers) if o is optimizer), None)
+        """A step of this optimizer, if it is followed, or what it wraps."""
+        found = unwrapped(optimizer)
+        return next((Step(o, index) for index, o in enumerate(self.optimizers) if o is found), None)
 
     def _begins(self, index: int) -> Callable[..., Any]:
         def begins(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -107,12 +111,6 @@ class Steps:
                 self._after(Step(optimizer, index))
 
         return ends
-
-
-def _unwrapped(optimizer: Any) -> Optimizer:
-    wrapped = any(base.__name__ in ("LightningOptimizer", "_FabricOptimizer") for base in type(optimizer).__mro__)
-    found: Optimizer = optimizer.optimizer if wrapped else optimizer
-    return found
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:

@@ -5,6 +5,7 @@ Each message says what was found, what was expected and what to do.
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -272,12 +273,88 @@ def test_empty_loader(kind: str) -> None:
         fit(toy(), TPGMCallback(EMPTY[kind]()))
 
 
-def test_loader_that_can_be_iterated_once() -> None:
-    def batches() -> Iterator[Any]:
-        yield from val_loader()
+def batches_of_one_pass() -> Iterator[Any]:
+    yield from val_loader()
 
+
+class OnePass(Iterator[Any]):
+    """Says itself that it is an iterator."""
+
+    def __next__(self) -> Any:
+        raise StopIteration
+
+
+END_FOR_GOOD: dict[str, Callable[[], Any]] = {
+    "generator": batches_of_one_pass,
+    "list_iterator": lambda: iter([*val_loader()]),
+    "map": lambda: map(tuple, val_loader()),
+    "cycle": lambda: itertools.cycle(val_loader()),
+    "_SingleProcessDataLoaderIter": lambda: iter(val_loader()),
+    "OnePass": lambda: OnePass(),
+}
+
+
+@pytest.mark.parametrize("kind", END_FOR_GOOD)
+def test_iterator_that_ends_for_good(kind: str) -> None:
+    found = f"should begin anew in each pass, found an iterator of type '{kind}', which ends for good. Pass the loader"
+    remedy = "itself, or as `dataloader` a function that makes an iterator for each pass."
+    with says(f"`dataloader` {found} {remedy}"):
+        TPGMCallback(END_FOR_GOOD[kind]())
+    module = Toy()
+    module.val_dataloader = END_FOR_GOOD[kind]  # type: ignore[method-assign]
+    with says(f"val_dataloader() of Toy {found} {remedy}"):
+        quiet_trainer(TPGMCallback(), limit_val_batches=0).fit(module, train_loader())
+    with says(f"`dataloaders` {found} itself, or a list of its batches."):
+        wise_ft_sweep(quiet_trainer(), toy(), toy(1), "val_loss", dataloaders=[END_FOR_GOOD[kind]()])
+
+
+a_generator = batches_of_one_pass()
+
+
+def test_import_path_of_an_iterator() -> None:
+    with says("`dataloader` should begin anew in each pass, found an iterator of type 'generator', which ends..."):
+        fit(toy(), TPGMCallback("test_clear_failure:a_generator"))
+
+
+@pytest.mark.parametrize("by", ["function", "tpgm_dataloader", "tpgm_dataloader with several"])
+def test_function_that_makes_iterators_is_called_for_each_pass(by: str) -> None:
+    seen: list[Tensor] = []
+
+    def own_loss(pl_module: Toy, batch: Any) -> Tensor:
+        seen.append(batch[0])
+        return pl_module.loss(batch)
+
+    module = toy()
+    if by != "function":
+        made = {"a": batches_of_one_pass, "b": val_loader} if by.endswith("several") else {"": batches_of_one_pass}
+        module.tpgm_dataloader = lambda: [make() for make in made.values()]  # type: ignore[assignment]
+    callback = TPGMCallback(batches_of_one_pass if by == "function" else None, loss=own_loss, every_n_steps=1)
+    fit(module, callback, max_epochs=2)
+    one_pass = [batch[0] for batch in val_loader()]
+    if not by.endswith("several"):
+        assert_same(seen, 4 * one_pass)
+    else:  # what is a loader is shuffled
+        assert_same([seen[:3], seen[6:9]], [one_pass, one_pass])
+
+
+def test_function_that_gives_the_same_iterator_again() -> None:
+    batches = batches_of_one_pass()
     with says(GAVE_NO_BATCH):
-        fit(toy(), TPGMCallback(batches(), every_n_steps=1))
+        fit(toy(), TPGMCallback(lambda: batches, every_n_steps=1))
+
+
+def test_iterator_that_its_class_begins_anew() -> None:
+    """Such are Lightning's CombinedLoader and those of other libraries."""
+
+    class Again:
+        def __iter__(self) -> Any:
+            self.batches = iter(val_loader())
+            return self
+
+        def __next__(self) -> Any:
+            return next(self.batches)
+
+    fit(toy(), TPGMCallback(Again(), every_n_steps=1), max_epochs=2)
 
 
 not_a_loader = 3
@@ -293,9 +370,12 @@ not_a_loader = 3
         ("toys:no_such_name", "...import path 'toys:no_such_name' leads nowhere: ...no_such_name..."),
         (
             "test_clear_failure:not_a_loader",
-            "`dataloader` should give an iterable of batches, found int from 'test_c...",
+            "`dataloader` should give an iterable of batches, found int from 'test_c... Let it return a loader.",
         ),
-        (lambda: None, "`dataloader` should give an iterable of batches, found NoneType from <function..."),
+        (
+            lambda: None,
+            "`dataloader` should give an iterable of batches, found NoneType from <function... Let it return a loader.",
+        ),
     ],
 )
 def test_dataloader_that_leads_to_none(dataloader: Any, message: str) -> None:

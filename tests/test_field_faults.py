@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_tpgm import (
+    DiGraPCallback,
     FTPCallback,
     L2SPCallback,
     SPDCallback,
@@ -25,7 +27,7 @@ from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.methods import FTP, SPD
 from properties import assert_inside_ball, assert_same
 from test_contract import METHODS, Method
-from toys import Toy, quiet_trainer, toy, train_loader, val_loader
+from toys import Toy, quiet_trainer, sgd, toy, train_loader, val_loader, weights_of
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS)
@@ -144,6 +146,117 @@ def test_optimizer_without_hooks_is_refused_by_name() -> None:
         constrain(linear, SPD(), optimizer)
 
 
+class Delegates(torch.optim.Optimizer):
+    """A wrapper that forgot the constructor of its base class, and has the inner one's groups and state."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        self.param_groups, self.defaults, self.state = inner.param_groups, inner.defaults, inner.state
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+
+class Forwards(Delegates):
+    """Whatever it has not is the inner one's."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["inner"], name)
+
+
+class Stranger:
+    """No torch optimizer; calls the closure itself."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = [inner]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["inner"][0], name)
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        self.inner[0].step()
+        return loss
+
+
+class Copies(Delegates):
+    """Has all attributes of the inner one."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        vars(self).update(vars(inner), inner=inner)
+
+
+class HooksOfItsOwn(Delegates):
+    """Has hooks, which nothing calls before the first call of torch's `zero_grad`."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner)
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+
+
+WRAPPERS = [Delegates, Forwards, Stranger, Copies, HooksOfItsOwn, lambda inner: Delegates(Forwards(inner))]
+
+
+@pytest.mark.parametrize("make", [TPGMCallback, FTPCallback, DiGraPCallback, SPDCallback, L2SPCallback])
+def test_wrapper_of_an_optimizer_does_what_that_does(make: type[MethodCallback]) -> None:
+    runs = []
+    for wrap in (lambda inner: inner, *WRAPPERS):
+        torch.manual_seed(0)
+        module, callback = toy(0, lambda parameters, wrap=wrap: wrap(sgd(parameters))), make()  # type: ignore[misc]
+        fit(module, callback)
+        runs.append(weights_of(module))
+    for run in runs[1:]:
+        assert_same(run, runs[0])
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrapper_of_an_optimizer_in_a_plain_loop(wrap: Any) -> None:
+    linear = nn.Linear(2, 2)
+    start = {name: p.detach().clone() for name, p in linear.named_parameters()}
+    optimizer = wrap(torch.optim.SGD(linear.parameters(), lr=0.5))
+    constraint = constrain(linear, FTP(), optimizer)
+    for _ in range(3):
+        linear(torch.ones(4, 2)).square().mean().backward()
+        optimizer.step()
+        assert_inside_ball(linear, start, constraint.radii, "mars")
+    assert constraint.state_dict()["method"]["radii"]["step"].any()
+
+
+def test_wrapper_of_two_optimizers_is_refused_by_name() -> None:
+    linear = nn.Linear(2, 2)
+    optimizer = Delegates(torch.optim.SGD(linear.parameters(), lr=0.1))
+    optimizer.other = torch.optim.SGD(linear.parameters(), lr=0.1)  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match=r"^Delegates has no hooks on its step.* call super\(\).__init__"):
+        constrain(linear, SPD(), optimizer)
+
+
+class Around(torch.optim.Optimizer):
+    """A wrapper with hooks of its own that hides the modes of what it wraps."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = {"first": inner}
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return self.inner["first"].step(closure)
+
+
+@pytest.mark.parametrize("wrap", [*WRAPPERS, Around, lambda inner: Around(Delegates(inner))])
+def test_wrapper_of_one_that_evaluates_other_weights_is_refused(wrap: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=r"^FTPCallback keeps .* evaluates others: its eval"):
+        fit(toy(0, lambda parameters: wrap(Averaging(parameters, lr=0.1))), FTPCallback())
+    linear = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"^SPD keeps .* evaluates others: its eval"):
+        constrain(linear, SPD(), wrap(Averaging(linear.parameters(), lr=0.1)))
+    fit(toy(0, lambda parameters: wrap(Averaging(parameters, lr=0.1))), L2SPCallback())
+
+
 # --- numbers that are not finite
 
 
@@ -185,7 +298,22 @@ def test_numpys_numbers_are_numbers() -> None:
     assert "np." not in repr(callback)
 
 
-@pytest.mark.parametrize("value", ["yes", 1, None])
+@pytest.mark.parametrize("value", [True, False])
+def test_numpys_truth_values_are_truth_values(value: bool, tmp_path: Path) -> None:
+    path, _ = checkpoints(tmp_path)
+    flags = dict.fromkeys(["summary", "save_anchor", "eval_mode"], np.bool_(value))
+    callback = TPGMCallback(pretrained=path, **flags)  # type: ignore[arg-type]
+    assert all(getattr(callback, name) is value for name in flags)
+    module = toy()
+    constraint = constrain(
+        module, SPD(), module.configure_optimizers(), pretrained=path, save_anchor=flags["save_anchor"]
+    )
+    assert ("file" in constraint.state_dict()) != value
+    with pytest.raises(MisconfigurationException, match=r"^`radius_lr` should be a positive number or 'auto', found"):
+        TPGMCallback(radius_lr=np.bool_(value))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None, np.int64(1), np.array([True]), torch.tensor(True)])
 def test_summary_is_a_truth_value(value: Any) -> None:
     with pytest.raises(MisconfigurationException, match=r"^`summary` should be True or False, found"):
         SPDCallback(summary=value)

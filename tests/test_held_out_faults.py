@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -221,6 +222,92 @@ def test_without_a_training_batch_it_says_that(tmp_path: Path) -> None:
         )
 
 
+class Unspeakable(RuntimeError):
+    """Fails to say what it is, as errors do whose constructor was not called."""
+
+    def __str__(self) -> str:
+        raise AttributeError("no message")
+
+
+def test_an_error_without_text_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"failed on a held-out batch: Unspeakable, whose text cannot be"
+    ):
+        fit(tmp_path, Fails(Unspeakable()), TPGMCallback())
+
+
+def test_an_error_without_text_in_the_backward_pass(tmp_path: Path) -> None:
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            raise Unspeakable
+
+    class Module(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.loss(batch)
+            return loss if self.training else Backward.apply(loss)  # type: ignore[no-untyped-call]
+
+    with pytest.raises(MisconfigurationException, match=r"^The gradient of .* failed on .*: Unspeakable, whose text"):
+        fit(tmp_path, Module(), TPGMCallback())
+
+
+# --- whatever the loader raises
+
+
+class Broken(Dataset[Any]):
+    """Raises an error where it is said to."""
+
+    def __init__(self, error: Exception, where: str) -> None:
+        self.error, self.where, self.data = error, where, blobs(16)
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> Any:
+        if self.where == "data set":
+            raise self.error
+        return self.data[index]
+
+    def fail(self, *_: Any) -> Any:
+        raise self.error
+
+    def loader(self) -> Any:
+        if self.where == "function":
+            raise self.error
+        options: dict[str, Any] = {"collate_fn": self.fail} if self.where == "collate_fn" else {}
+        if self.where == "worker":
+            options = {"num_workers": 1, "worker_init_fn": self.fail}
+        return DataLoader(self, 8, **options)
+
+
+@forks
+@pytest.mark.parametrize("where", ["data set", "collate_fn", "worker", "function"])
+@pytest.mark.parametrize("by", ["dataloader", "tpgm_dataloader"])
+def test_an_error_of_the_loader_names_the_loader(where: str, by: str, tmp_path: Path) -> None:
+    error = ValueError("no such image")
+    module, make = Classifier(), Broken(error, where).loader
+    module.tpgm_dataloader = make  # type: ignore[assignment]
+    with pytest.raises(
+        MisconfigurationException, match=r"(?s)^The held-out loader failed to .*no such image"
+    ) as caught:
+        fit(tmp_path, module, TPGMCallback(make if by == "dataloader" else None))
+    assert "_step" not in str(caught.value)
+    assert "Mend that, or pass another `dataloader`." in str(caught.value)
+    assert isinstance(caught.value.__cause__, ValueError)  # a worker's is made anew
+
+
+def test_an_error_without_text_of_the_loader(tmp_path: Path) -> None:
+    error = Unspeakable()
+    expected = r"^The held-out loader failed to give a batch: Unspeakable, whose text cannot be read"
+    with pytest.raises(MisconfigurationException, match=expected) as caught:
+        fit(tmp_path, Classifier(), TPGMCallback(Broken(error, "data set").loader))
+    assert caught.value.__cause__ is error
+
+
 # --- modes
 
 
@@ -383,6 +470,76 @@ def test_no_validation_loader_in_the_collection(loaders: Any, limit_val_batches:
     train = Blobs().train_dataloader()
     with pytest.raises(MisconfigurationException, match=expected):
         fit(tmp_path, Classifier(), TPGMCallback(), train, loaders, limit_val_batches=limit_val_batches)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[None], {"a": Blobs().val_dataloader(), "b": None}, CombinedLoader([None], "max_size"), 3, [[], 0.5]],
+    ids=str,
+)
+def test_collection_with_what_is_no_loader(given: Any, tmp_path: Path) -> None:
+    """Lightning says so itself where it validates."""
+    module = Classifier()
+    module.val_dataloader = lambda: given  # type: ignore[method-assign]
+    found = type(0.5 if given == [[], 0.5] else 3 if given == 3 else None).__name__
+    message = (
+        f"val_dataloader\\(\\) of Classifier should give a loader, or a collection .*found {found}. Leave that out,"
+    )
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, module, TPGMCallback(), Blobs().train_dataloader())
+    message = f"`val_dataloaders` should give a loader, or a collection of them, found {found}. Leave that out, or pass"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, Classifier(), TPGMCallback(), Blobs().train_dataloader(), given)
+
+
+@pytest.mark.parametrize("name", ["val_dataloader", "tpgm_dataloader"])
+@pytest.mark.parametrize("in_datamodule", [True, False])
+@pytest.mark.parametrize("limit_val_batches", [0, 1.0])
+def test_method_with_arguments(name: str, in_datamodule: bool, limit_val_batches: float, tmp_path: Path) -> None:
+    def method(self: Any, folder: str, *, stage: str, more: int = 0) -> Any:
+        raise NotImplementedError
+
+    base = Blobs if in_datamodule else Classifier
+    owner: Any = type("Owner", (base,), {name: method})()
+    loaders = [Blobs().train_dataloader(), *([Blobs().val_dataloader()] if name == "tpgm_dataloader" else [])]
+    module, data = (Classifier(), [owner]) if in_datamodule else (owner, loaders)
+    message = rf"{name}\(\) of Owner should be called without arguments, found that it needs 'folder', 'stage'. Give"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, module, TPGMCallback(), *data, limit_val_batches=limit_val_batches)
+
+
+def given_arguments(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any) -> Any:
+        return method(*args, batch_size=8)
+
+    return call
+
+
+def test_a_decorator_may_give_the_arguments(tmp_path: Path) -> None:
+    """`inspect.signature` shows those of the function inside."""
+
+    class Data(Blobs):
+        @given_arguments
+        def val_dataloader(self, batch_size: int) -> Any:
+            return DataLoader(self.val, batch_size)
+
+    callback = TPGMCallback()
+    fit(tmp_path, Classifier(), callback, Data())
+    assert callback.radii
+    TPGMCallback(given_arguments(lambda batch_size: DataLoader(blobs(8), batch_size)))
+
+
+def test_tpgm_dataloader_may_be_any_function(tmp_path: Path) -> None:
+    class Data(Blobs):
+        tpgm_dataloader: Any = staticmethod(lambda: DataLoader(blobs(8), 4))
+
+    callback = TPGMCallback()
+    fit(tmp_path, Classifier(), callback, Data())
+    assert callback.radii
+    Data.tpgm_dataloader = DataLoader(blobs(8), 4)
+    with pytest.raises(MisconfigurationException, match=r"tpgm_dataloader\(\) of Data should be a method .*DataLoader"):
+        fit(tmp_path, Classifier(), TPGMCallback(), Data())
 
 
 class Stream(IterableDataset[Any]):
@@ -625,6 +782,41 @@ def test_reloaded_validation_loaders_are_followed(reload: int, tmp_path: Path, m
     # validation at the end of an epoch asks for the loaders of that epoch
     assert used == [0.0] * 8 + [float(reload)] * 4
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("hook", ["val_dataloader", "tpgm_dataloader"])
+@pytest.mark.parametrize(("every", "expected"), [(0, [0, 0, 0, 0]), (1, [0, 1, 2, 3]), (2, [0, 0, 2, 2])])
+def test_loaders_are_reloaded_with_validation_off(every: int, expected: list[int], hook: str, tmp_path: Path) -> None:
+    """In one run, and in one that is resumed between epochs; 3 batches, so that passes end within epochs."""
+
+    def make(self: Any) -> DataLoader[Any]:
+        x, y = blobs(24).tensors
+        epoch = torch.full_like(x[:, 0], self.trainer.current_epoch if every else 0)
+        return DataLoader(TensorDataset(torch.column_stack([x[:, :-1], epoch]), y), 8)
+
+    data = type("Data", (Blobs,), {hook: make})
+    options: dict[str, Any] = {"reload_dataloaders_every_n_epochs": every}
+
+    def run(epochs: int, ckpt_path: Path | None = None) -> tuple[list[Tensor], pl.Trainer]:
+        drawn: list[Tensor] = []
+
+        def own_loss(pl_module: Classifier, batch: Any) -> Tensor:
+            drawn.append(batch[0].clone())
+            return pl_module.loss(batch)
+
+        callback = TPGMCallback(loss=own_loss, every_n_steps=1)
+        trainer = trainer_in(tmp_path, limit_val_batches=0, max_epochs=epochs, callbacks=[callback], **options)
+        torch.manual_seed(0)
+        trainer.fit(Classifier(), data(), ckpt_path=ckpt_path)
+        return drawn, trainer
+
+    drawn, _ = run(4)
+    assert [int(batch[0, -1]) for batch in drawn[::4]] == expected
+    assert [int(batch[0, -1]) for batch in drawn[3::4]] == expected
+    first, trainer = run(2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second, _ = run(4, tmp_path / "half.ckpt")
+    assert_same(first + second, drawn)
 
 
 # --- modules with a backward of their own

@@ -155,3 +155,20 @@ def test_pattern_without_match_says_where_many_names_begin() -> None:
         ValueError, match=r"'zzz' matches no parameter\. Names begin with backbone \(8\), classifier \(2\)\.$"
     ):
         constrainable(module, ["zzz"])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_where_all_names_begin_alike_it_says_how_they_go_on(depth: int) -> None:
+    layers = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    module: nn.Module = nn.ModuleDict({"backbone": layers, "classifier": nn.Linear(2, 2)})
+    for _ in range(depth):
+        module = nn.ModuleDict({"model": module})
+    start = r"model\." * depth
+    with pytest.raises(ValueError, match=rf"begin with {start}backbone \(8\), {start}classifier \(2\)\.$"):
+        constrainable(module, ["zzz"])
+
+
+def test_where_names_never_branch_all_are_said() -> None:
+    module = nn.ModuleDict({"model": nn.ParameterDict({f"w{i}": nn.Parameter(torch.ones(1)) for i in range(6)})})
+    with pytest.raises(ValueError, match=r"begin with model\.w0 \(1\), .* model\.w5 \(1\)\.$"):
+        constrainable(module, ["zzz"])

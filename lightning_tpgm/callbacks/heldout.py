@@ -20,6 +20,7 @@ from lightning_tpgm.callbacks.framework import (
 )
 from lightning_tpgm.callbacks.loaders import default_loaders, is_combined, own_loader, parts, rebuild_loader
 from lightning_tpgm.callbacks.source import Source, resolve_loader
+from lightning_tpgm.callbacks.step_errors import loading
 
 
 class HeldOutBatch(NamedTuple):
@@ -55,11 +56,12 @@ class HeldOutBatches:
         self.position = 0  # batches drawn in the present pass
         self._iterator: Iterator[HeldOutBatch] | None = None
 
+    @loading("give a batch")
     def draw(self) -> HeldOutBatch:
         """The next batch.
 
         Raises:
-            MisconfigurationException: If a whole pass gives no batch.
+            MisconfigurationException: If a whole pass gives no batch, or in place of what the loader raised.
         """
         if self._iterator is None:
             self._iterator = _one_pass(self.loaders, self.passes)
@@ -126,6 +128,7 @@ def _length(loader: Iterable[Any]) -> int | None:
         return None
 
 
+@loading("begin")
 def held_out_batches(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
@@ -143,7 +146,7 @@ def held_out_batches(
         announce: Whether to say which data it uses.
 
     Raises:
-        MisconfigurationException: If the source leads to no loader.
+        MisconfigurationException: If the source leads to no loader, or in place of what it raised.
     """
     if source is None:
         loaders, described = default_loaders(trainer, pl_module)

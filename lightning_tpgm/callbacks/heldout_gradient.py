@@ -34,7 +34,9 @@ class HeldOutGradient:
         self._fit: tuple[pl.Trainer, pl.LightningModule] | None = None
         self._batches: HeldOutBatches | None = None
         self._isolation = Isolation()
-        self._validation: CombinedLoader | None = None  # the trainer's, when the batches were last drawn
+        self._origin: CombinedLoader | int | None = (
+            None  # the trainer's when batches were last drawn, or how many before
+        )
         self._recurrent: list[nn.RNNBase] = []  # parts of the module
         self._announced = False  # in this fit, which data they are
         self._state: dict[str, int] = {}  # where the batches are, or will begin
@@ -49,7 +51,7 @@ class HeldOutGradient:
 
     def close(self) -> None:
         """End the loader's workers, and let go of trainer and module; the position stays."""
-        self._state, self._batches, self._fit, self._validation = self.state_dict(), None, None, None
+        self._state, self._batches, self._fit, self._origin = self.state_dict(), None, None, None
         self._recurrent = []
         self._isolation = Isolation()
 
@@ -81,21 +83,30 @@ class HeldOutGradient:
             return self._loss(trainer, pl_module, self._batches.draw(), parameters)
 
     def _follow_reloaded(self, trainer: pl.Trainer) -> None:
-        """Where the trainer reloads its loaders every n epochs, a pass over the new ones begins as soon as it has."""
-        loader = validation_loader(trainer)
-        reloads = trainer.reload_dataloaders_every_n_epochs and self._source is None  # type: ignore[attr-defined]
-        if reloads and self._batches is not None and loader is not self._validation:
-            state = self._batches.state_dict()
+        """Where the trainer reloads its loaders every n epochs, a pass over the new ones begins as soon as it has.
+
+        With validation switched off it reloads none: then they are asked for anew every n epochs.
+        """
+        every: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        if not every or self._source is not None:
+            return
+        loader = validation_loader(trainer)  # not its truth, which is a length that it may not have
+        origin = trainer.current_epoch // every if loader is None else loader
+        before = self._state.get("reloads") if self._batches is None else self._origin
+        if before is not None and origin != before:
+            state = self.state_dict()
             self._state, self._batches = {**state, "passes": state["passes"] + 1, "position": 0}, None
-        self._validation = loader
+        self._origin = origin
 
     def mean(self, vector: Tensor) -> Tensor:
         """See `lightning_tpgm.methods.held_out.HeldOut`."""
         return mean_over_processes(vector) if self.processes > 1 else vector
 
     def state_dict(self) -> dict[str, int]:
-        """Seed and position."""
-        return dict(self._state) if self._batches is None else self._batches.state_dict()
+        """Seed and position; also how often the loaders were reloaded, if nobody else knows."""
+        if self._batches is None:
+            return dict(self._state)
+        return self._batches.state_dict() | ({"reloads": self._origin} if isinstance(self._origin, int) else {})
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position."""

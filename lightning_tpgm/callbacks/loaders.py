@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
@@ -18,11 +19,29 @@ from lightning_tpgm.callbacks.framework import (
     validation_loader,
     validation_source,
 )
+from lightning_tpgm.callbacks.shared import configuration_errors
+from lightning_tpgm.callbacks.source import Anew, check_many_passes, ends_for_good, missing_arguments
 
 
 def has_default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """Whether `default_loaders` will find any."""
-    return _tpgm_hook(trainer, pl_module) is not None or validation_source(trainer).is_defined()
+    """Whether `default_loaders` will find any.
+
+    Raises:
+        MisconfigurationException: If the method that gives them cannot be called without arguments.
+    """
+    owner, name = _default_source(trainer, pl_module)
+    if name == "tpgm_dataloader" and not callable(owner.tpgm_dataloader):
+        kind = type(owner.tpgm_dataloader).__name__
+        raise MisconfigurationException(
+            f"{_title(owner, name)} should be a method that returns a loader, found an attribute of type {kind}."
+        )
+    missing = missing_arguments(getattr(owner, name)) if callable(getattr(owner, name, None)) else ""
+    if missing:
+        raise MisconfigurationException(
+            f"{_title(owner, name)} should be called without arguments, found that it needs {missing}. Give these"
+            " defaults, or pass `dataloader`."
+        )
+    return name == "tpgm_dataloader" or validation_source(trainer).is_defined()
 
 
 def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[list[Iterable[Any]], str]:
@@ -32,17 +51,16 @@ def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
         The loaders and a description of them.
 
     Raises:
-        MisconfigurationException: If ``tpgm_dataloader()`` gives something that cannot be iterated.
+        MisconfigurationException: If there is none, or one that cannot be iterated.
     """
-    hook = _tpgm_hook(trainer, pl_module)
-    if hook is not None:
-        described, own = f"tpgm_dataloader() of {type(hook.__self__).__name__}", flat(hook())
-        for loader in own:
-            if not isinstance(loader, Iterable):
-                raise MisconfigurationException(
-                    f"{described} should return a loader, or a collection of them, found {type(loader).__name__}."
-                )
-        return own, described
+    owner, name = _default_source(trainer, pl_module)
+    title = _title(owner, name)
+    if name == "tpgm_dataloader":
+        own = _checked(flat(owner.tpgm_dataloader()), title)
+        again = [
+            Anew(partial(_one_of, owner.tpgm_dataloader, i)) if ends_for_good(one) else one for i, one in enumerate(own)
+        ]
+        return again, title
     loaders = trainer.val_dataloaders
     if loaders is None:  # validation is switched off
         loaders = validation_source(trainer).dataloader()
@@ -60,7 +78,36 @@ def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
         "the validation data. Choosing radii and checkpoints on the same data makes the validation score optimistic; to"
         " keep them apart pass `dataloader` or define tpgm_dataloader()"
     )
+    with configuration_errors():
+        for part in (part for loader in _checked(found, title) for part in parts(loader)):
+            check_many_passes(title, part)
     return found, described
+
+
+def _default_source(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Any, str]:
+    """The object whose method gives the loaders, and the method's name; or else the validation loaders themselves."""
+    for owner in (getattr(trainer, "datamodule", None), pl_module):
+        if getattr(owner, "tpgm_dataloader", None) is not None:
+            return owner, "tpgm_dataloader"
+    return validation_source(trainer).instance, "val_dataloader"
+
+
+def _one_of(method: Callable[[], Any], index: int) -> Any:
+    return flat(method())[index]
+
+
+def _title(owner: object, name: str) -> str:
+    return f"{name}() of {type(owner).__name__}" if hasattr(owner, name) else "`val_dataloaders`"
+
+
+def _checked(loaders: list[Any], title: str) -> list[Any]:
+    for part in (part for loader in loaders for part in parts(loader)):
+        if not hasattr(part, "__iter__") and not hasattr(part, "__getitem__"):
+            raise MisconfigurationException(
+                f"{title} should give a loader, or a collection of them, found {type(part).__name__}. Leave that out,"
+                " or pass `dataloader`."
+            )
+    return loaders
 
 
 def flat(loaders: Any) -> list[Any]:
@@ -98,14 +145,6 @@ def _combined_of(loaders: list[Iterable[Any]], like: Any) -> Iterable[Any]:
 def is_combined(loader: object) -> bool:
     """Whether it is Lightning's CombinedLoader, whose batches come with their indices."""
     return isinstance(loader, classes("utilities.combined_loader:CombinedLoader"))
-
-
-def _tpgm_hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    for owner in (getattr(trainer, "datamodule", None), pl_module):
-        hook = getattr(owner, "tpgm_dataloader", None)
-        if hook is not None:
-            return hook
-    return None
 
 
 def rebuild_loader(

@@ -16,7 +16,7 @@ from torch import nn
 from lightning_tpgm.anchors import AnchorDevice
 from lightning_tpgm.callbacks.framework import MisconfigurationException
 from lightning_tpgm.callbacks.logs import Log
-from lightning_tpgm.methods.method import check
+from lightning_tpgm.methods.method import check, is_flag
 from lightning_tpgm.pretrained import Pretrained
 from lightning_tpgm.references import check_save_anchor
 
@@ -95,6 +95,6 @@ def check_shared(exclude: Any, pretrained: Any, log: Any, summary: Any, anchor_d
         check(anchor_device in (None, "cpu"), "anchor_device", "None or 'cpu'", anchor_device)
         check_save_anchor(save_anchor, pretrained)
         check(log in get_args(Log), "log", f"one of {get_args(Log)}", log)
-        check(isinstance(summary, bool), "summary", "True or False", summary)
+        check(is_flag(summary), "summary", "True or False", summary)
         if summary and find_spec("rich") is None:
             raise ImportError("`summary` = True needs rich: pip install rich.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pkgutil import resolve_name
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_tpgm.callbacks.framework import MisconfigurationException, classes
 from lightning_tpgm.callbacks.shared import configuration_errors
@@ -26,6 +27,7 @@ def check_source(source: object) -> None:
         path = len(names) > 1 and all(name.isidentifier() for name in names)
         check(path, "dataloader", "an import path like 'my_project.data:held_out'", source)
         return
+    check_many_passes("`dataloader`", source)
     _check_gives_batches(source)
     usable = source is None or isinstance(source, Iterable) or callable(source)
     check(usable, "dataloader", "a loader, a function that returns one, an import path or None", source)
@@ -36,6 +38,42 @@ def check_source(source: object) -> None:
 def name_of(function: Callable[..., object]) -> str:
     """Its qualified name if it has one."""
     return repr(getattr(function, "__qualname__", function))
+
+
+class Anew:
+    """What a function gives, which is called anew for each pass.
+
+    Args:
+        function: Gives an iterable.
+    """
+
+    def __init__(self, function: Callable[[], Iterable[Any]]) -> None:
+        self._function = function
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of one pass."""
+        return iter(self._function())
+
+
+def ends_for_good(found: object) -> bool:
+    """Whether it is an iterator that nothing begins anew: a generator, or what `iter`, `map` and `zip` give."""
+    kind: Any = type(found)
+    return isinstance(found, Iterator) and (
+        kind.__module__ in ("builtins", "itertools")
+        or kind.__iter__ is Iterator.__iter__
+        or isinstance(found, _BaseDataLoaderIter)
+    )
+
+
+def check_many_passes(
+    title: str, found: object, instead: str = "as `dataloader` a function that makes an iterator for each pass"
+) -> None:
+    """Raise a TypeError about what ends for good."""
+    if ends_for_good(found):
+        raise TypeError(
+            f"{title} should begin anew in each pass, found an iterator of type {type(found).__name__!r}, which ends"
+            f" for good. Pass the loader itself, or {instead}."
+        )
 
 
 def _check_gives_batches(found: object) -> None:
@@ -59,16 +97,22 @@ def _check_gives_batches(found: object) -> None:
         )
 
 
-def _check_no_arguments(function: Callable[..., object]) -> None:
+def missing_arguments(function: Callable[..., object]) -> str:
+    """The arguments that a function cannot be called without, quoted; empty if there are none."""
     with suppress(ValueError):  # some callables have no signature
-        by_name = inspect.signature(function).parameters.values()
+        by_name = inspect.signature(function, follow_wrapped=False).parameters.values()  # a decorator may fill some in
         variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        missing = [p.name for p in by_name if p.default is p.empty and p.kind not in variable]
-        if missing:
-            raise TypeError(
-                f"`dataloader` should be a function that is called without arguments, found {name_of(function)}, which"
-                f" needs {', '.join(map(repr, missing))}. Pass a loader, or functools.partial(function, ...) with them."
-            )
+        return ", ".join(repr(p.name) for p in by_name if p.default is p.empty and p.kind not in variable)
+    return ""
+
+
+def _check_no_arguments(function: Callable[..., object]) -> None:
+    missing = missing_arguments(function)
+    if missing:
+        raise TypeError(
+            f"`dataloader` should be a function that is called without arguments, found {name_of(function)}, which"
+            f" needs {missing}. Pass a loader, or functools.partial(function, ...) with them."
+        )
 
 
 def resolve_loader(dataloader: Iterable[Any] | Callable[[], Iterable[Any]] | str) -> Iterable[Any]:
@@ -89,12 +133,17 @@ def resolve_loader(dataloader: Iterable[Any] | Callable[[], Iterable[Any]] | str
     with configuration_errors():
         if callable(found) and not isinstance(found, Iterable):
             _check_no_arguments(found)
+        else:
+            check_many_passes("`dataloader`", found)
     if callable(found) and not isinstance(found, Iterable):
-        found = found()
+        function, found = found, found()
+        if ends_for_good(found):
+            return Anew(function)
     with configuration_errors():
         _check_gives_batches(found)
     if not isinstance(found, Iterable):
         raise MisconfigurationException(
-            f"`dataloader` should give an iterable of batches, found {type(found).__name__} from {dataloader!r}."
+            f"`dataloader` should give an iterable of batches, found {type(found).__name__} from {dataloader!r}. Let it"
+            " return a loader."
         )
     return found

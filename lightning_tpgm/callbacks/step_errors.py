@@ -44,6 +44,25 @@ def explained(evaluation: Evaluation, gradient: bool = False) -> Iterator[None]:
         raise MisconfigurationException(_explanation(error, evaluation, gradient)) from error
 
 
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Errors of a loader become one that names it, the original chained; those of Lightning pass through.
+
+    Args:
+        what: What it does inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_own_error(error):
+            raise
+        raise MisconfigurationException(
+            f"The held-out loader failed to {what}: {_said(error)}\nIt gives the batches that the radii are learned"
+            " on. The error is one of its data set, sampler, collate_fn or worker, or of the function that makes it."
+            " Mend that, or pass another `dataloader`."
+        ) from error
+
+
 def described(batch: Any) -> Description:
     """Types, shapes and keys by place, and no values.
 
@@ -82,10 +101,18 @@ def _explanation(error: Exception, evaluation: Evaluation, gradient: bool) -> st
     differences = None if evaluation.trained_on is None else _differences(found, evaluation.trained_on)
     causes = "; ".join(f"({i}) {cause}" for i, cause in enumerate(_causes(error, evaluation, gradient, differences), 1))
     return (
-        f"The {what} failed on a held-out batch: {type(error).__name__}: {error}\n"
+        f"The {what} failed on a held-out batch: {_said(error)}\n"
         f"It was evaluated in {mode}, to learn the radii, on a batch that is a {_shown(found)}."
         f" {_compared(differences)}\nLikely causes, the likeliest first: {causes}."
     )
+
+
+def _said(error: Exception) -> str:
+    """Its class and its text; an error may fail to say it."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001
+        return f"{type(error).__name__}, whose text cannot be read"
 
 
 def _shown(found: Description) -> str:
@@ -147,4 +174,4 @@ def _causes(error: Exception, evaluation: Evaluation, gradient: bool, difference
         causes = [mode, *(cause for cause in causes if cause in (validation, own))]
     if not eval_mode:
         causes.remove(mode)
-    return [memory, *causes] if "out of memory" in str(error) else causes
+    return [memory, *causes] if "out of memory" in _said(error) else causes

@@ -23,7 +23,7 @@ from lightning_tpgm.callbacks.framework import (
 from lightning_tpgm.callbacks.freeze_batch_norm import FreezeBatchNorm, has_statistics
 from lightning_tpgm.freshness import fresh_layers
 from lightning_tpgm.initialisation import never_trained
-from lightning_tpgm.optimizers import needs_unscaled_gradients
+from lightning_tpgm.optimizers import needs_unscaled_gradients, unwrapped
 
 if TYPE_CHECKING:
     from lightning_tpgm.callbacks.method import MethodCallback
@@ -64,7 +64,7 @@ def check_unscaled_gradients(trainer: pl.Trainer, callback: MethodCallback) -> N
 
 def check_step_was_seen(optimizer: Optimizer, announced: Optimizer | None, title: str) -> None:
     """Refuse a step that Lightning did not see: its gradients were not changed."""
-    if announced is not optimizer:
+    if announced is None or unwrapped(announced) is not optimizer:
         raise MisconfigurationException(
             f"{title} changes gradients in Lightning's on_before_optimizer_step, and {optimizer!r}"
             " stepped without it. Step the optimizer that self.optimizers() returns, with use_pl_optimizer=True."

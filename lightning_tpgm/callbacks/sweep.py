@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lightning_tpgm.anchors import AnchorDevice, Anchors, capture
 from lightning_tpgm.callbacks.framework import MisconfigurationException, batch_values, pl, rank_zero_info
+from lightning_tpgm.callbacks.loaders import flat
 from lightning_tpgm.callbacks.shared import configuration_errors
+from lightning_tpgm.callbacks.source import check_many_passes
 from lightning_tpgm.callbacks.standard_error import standard_error
 from lightning_tpgm.constrained import Constrained, gathering
 from lightning_tpgm.methods import WiSEFT
@@ -256,6 +258,8 @@ def wise_ft_sweep(
     """
     with configuration_errors():
         search = Search(monitor, alphas, mode, tolerance)
+        for loader in flat(dataloaders):
+            check_many_passes("`dataloaders`", loader, "a list of its batches")
         candidates = constrainable(model, exclude, buffers=True)
         anchors = Anchors()
         anchors.begin_from(read_pretrained(pretrained), candidates, rank_zero_info)

@@ -25,7 +25,7 @@ from lightning_tpgm.callbacks.radii import WithRadii
 from lightning_tpgm.callbacks.shared import Shared, configuration_errors
 from lightning_tpgm.callbacks.source import check_source
 from lightning_tpgm.methods import TPGM
-from lightning_tpgm.methods.method import check
+from lightning_tpgm.methods.method import check, is_flag
 from lightning_tpgm.methods.radii import RadiusLr
 from lightning_tpgm.methods.tpgm import CADENCE, When
 from lightning_tpgm.norms import Norm
@@ -97,7 +97,7 @@ class TPGMCallback(WithRadii, MethodCallback):
         with configuration_errors():
             check_source(dataloader)
             check_loss(loss)
-            check(isinstance(eval_mode, bool), "eval_mode", "True or False", eval_mode)
+            check(is_flag(eval_mode), "eval_mode", "True or False", eval_mode)
         self.dataloader, self.loss, self.eval_mode = dataloader, loss, eval_mode
         self.radius_lr, self.norm = radius_lr, norm
         self.radius_steps, self.every_n_steps, self.when = radius_steps, every_n_steps, when

@@ -113,6 +113,12 @@ def check(condition: bool, name: str, expected: str, found: object) -> None:
         raise ValueError(f"`{name}` should be {expected}, found {found!r}.")
 
 
+def is_flag(value: object) -> bool:
+    """Whether the value is True or False, numpy's included."""
+    kind = type(value)
+    return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
+
+
 def is_number(value: object) -> bool:
     """Whether the value is a finite real number, numpy's included; True and False are none."""
     return not isinstance(value, bool) and isinstance(value, Real) and isfinite(value)
