@@ -713,10 +713,61 @@ class Counting(IterableDataset[Any]):
         yield from (data[i] for i in range(80))
 
 
+class Wrapper:
+    """Gives what a loader gives, and has whatever it has."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+class WrapperOfSeveral:
+    """Has no length."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loaders = [loader]
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain(*self.loaders)
+
+
+class ItsOwnIterator:
+    """Has one iterator."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Any:
+        self.batches = iter(self.loader)
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.batches)
+
+
+def persistent() -> Any:
+    return DataLoader(Counting(), 8, num_workers=1, persistent_workers=True)
+
+
+SHARED: dict[str, Callable[[], Any]] = {
+    "loader": persistent,
+    "wrapper": lambda: Wrapper(persistent()),
+    "wrapper of several": lambda: WrapperOfSeveral(persistent()),
+    "wrapper of a wrapper": lambda: Wrapper(Wrapper(persistent())),
+    "its own iterator": lambda: ItsOwnIterator(DataLoader(Counting(), 8)),
+}
+
+
 @forks
+@pytest.mark.parametrize("kind", SHARED)
 @pytest.mark.parametrize("given", [True, False], ids=["given", "default"])
-def test_persistent_workers_that_validation_shares(given: bool, tmp_path: Path) -> None:
-    """Validation resets the one iterator of such a loader; all batches are drawn all the same, on resume, too."""
+def test_loaders_that_validation_shares(given: bool, kind: str, tmp_path: Path) -> None:
+    """Validation begins the one iterator of such a loader anew; all batches are drawn all the same, on resume, too."""
 
     def run(epochs: int, ckpt_path: Path | None = None) -> tuple[list[Tensor], pl.Trainer, dict[str, Tensor]]:
         drawn: list[Tensor] = []
@@ -725,8 +776,7 @@ def test_persistent_workers_that_validation_shares(given: bool, tmp_path: Path) 
             drawn.append(batch[0].clone())
             return pl_module.loss(batch)
 
-        loader: DataLoader[Any] = DataLoader(Counting(), 8, num_workers=1, persistent_workers=True)
-        module = Classifier()
+        loader, module = SHARED[kind](), Classifier()
         callback = TPGMCallback(loader if given else None, loss=own_loss, every_n_steps=1)
         trainer = trainer_in(tmp_path, max_epochs=epochs, callbacks=[callback])
         trainer.fit(module, Blobs(train=24).train_dataloader(), loader, ckpt_path=ckpt_path)
@@ -745,6 +795,11 @@ def test_own_loader_is_a_copy_only_where_it_must_be() -> None:
     plain = DataLoader(blobs(8), 4)
     assert own_loader(plain) is plain
     kept = DataLoader(blobs(8), 4, num_workers=1, persistent_workers=True)
+    batches = [torch.ones(2), kept]
+    assert own_loader(batches) is batches
+    around, several = Wrapper(plain), WrapperOfSeveral(plain)
+    assert own_loader(around) is around
+    assert own_loader(several) is several
     combined = CombinedLoader({"a": kept, "b": [plain]}, "max_size_cycle")
     own: Any = own_loader(combined)
     assert own is not combined
