@@ -976,14 +976,25 @@ def test_loss_parallel_gives_the_radii_of_one_process(tmp_path: Path) -> None:
 # --- streams without end
 
 
+class StreamWithLength(Stream):
+    """Says that it ends."""
+
+    def __init__(self, length: Any) -> None:
+        self.length = length
+
+    def __len__(self) -> Any:
+        return self.length
+
+
+@pytest.mark.parametrize("stream", [Stream(), *map(StreamWithLength, [10**6, 10**30, float("inf")])])
 def test_a_resumed_run_says_how_much_of_a_stream_it_draws_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(heldout, "rank_zero_info", said.append)
 
     def run(epochs: int, ckpt_path: Path | None = None) -> pl.Trainer:
-        callback = TPGMCallback(DataLoader(Stream(), 8), every_n_steps=1)
+        callback = TPGMCallback(DataLoader(stream, 8), every_n_steps=1)
         trainer = trainer_in(tmp_path, limit_val_batches=0, max_epochs=epochs, callbacks=[callback])
         trainer.fit(Classifier(), Blobs(), ckpt_path=ckpt_path)
         return trainer
@@ -992,8 +1003,35 @@ def test_a_resumed_run_says_how_much_of_a_stream_it_draws_again(
     assert [text for text in said if "again" in text] == []
     run(2, tmp_path / "a.ckpt")
     (text,) = (text for text in said if "again" in text)
-    assert text.startswith("To go on where the run was, 4 held-out batches are drawn again: their stream has no length")
+    assert text.startswith("To go on where the run was, 4 held-out batches are drawn again: their stream is read")
     assert "pass a `dataloader` whose passes end sooner" in text
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("sequential", ["stream", "stream", "points"]),
+        ("max_size_cycle", ["both", "both"]),
+        ("max_size", ["both", "stream"]),
+        ("min_size", ["both"]),
+    ],
+)
+def test_a_pass_over_combined_loaders_ends_with_the_length_of_a_stream(
+    mode: Any, expected: list[str], tmp_path: Path
+) -> None:
+    """Two batches, whatever it would give, so that the others come and a resumed run draws few again."""
+    seen: list[str] = []
+
+    def own_loss(pl_module: Classifier, batch: Any) -> Tensor:
+        both = isinstance(batch, dict)
+        parts = [value for value in batch.values() if value is not None] if both else [batch]
+        seen.append("both" if len(parts) == 2 else "stream" if both or len(batch[0]) == 8 else "points")
+        return pl_module.loss(parts[0])
+
+    loaders = {"a": DataLoader(StreamWithLength(16), 8), "b": DataLoader(blobs(4), 4)}
+    callback = TPGMCallback(CombinedLoader(loaders, mode), loss=own_loss, every_n_steps=1)
+    fit(tmp_path, Classifier(), callback, max_epochs=2)
+    assert seen == [*itertools.islice(itertools.cycle(expected), 8)]
 
 
 @pytest.mark.parametrize(("loss", "said"), [(None, True), ("validation_step", False)])

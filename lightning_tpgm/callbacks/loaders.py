@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -161,8 +162,22 @@ def _own_attribute(value: Any, depth: int) -> Any:
 
 def _combined_of(loaders: list[Iterable[Any]], like: Any) -> Iterable[Any]:
     own: Any = copy.copy(like)
-    own.flattened, own.limits, own._iterator = loaders, None, None
+    own.flattened, own._iterator = loaders, None
+    own.limits = [math.inf if (length := length_of(loader)) is None else length for loader in loaders]
     return cast(Iterable[Any], own)
+
+
+def length_of(loader: Iterable[Any]) -> int | None:
+    """How many batches a loader says it has, if it does: as Lightning, never ask it for more."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError, OverflowError):
+        return None
+
+
+def is_stream(loader: Iterable[Any]) -> bool:
+    """Whether what comes later can be reached only by what comes before, and there may be much of it."""
+    return length_of(loader) is None or isinstance(getattr(loader, "dataset", None), IterableDataset)
 
 
 def is_combined(loader: object) -> bool:
