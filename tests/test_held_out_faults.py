@@ -713,10 +713,61 @@ class Counting(IterableDataset[Any]):
         yield from (data[i] for i in range(80))
 
 
+class Wrapper:
+    """Gives what a loader gives, and has whatever it has."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+class WrapperOfSeveral:
+    """Has no length."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loaders = [loader]
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain(*self.loaders)
+
+
+class ItsOwnIterator:
+    """Has one iterator."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Any:
+        self.batches = iter(self.loader)
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.batches)
+
+
+def persistent() -> Any:
+    return DataLoader(Counting(), 8, num_workers=1, persistent_workers=True)
+
+
+SHARED: dict[str, Callable[[], Any]] = {
+    "loader": persistent,
+    "wrapper": lambda: Wrapper(persistent()),
+    "wrapper of several": lambda: WrapperOfSeveral(persistent()),
+    "wrapper of a wrapper": lambda: Wrapper(Wrapper(persistent())),
+    "its own iterator": lambda: ItsOwnIterator(DataLoader(Counting(), 8)),
+}
+
+
 @forks
+@pytest.mark.parametrize("kind", SHARED)
 @pytest.mark.parametrize("given", [True, False], ids=["given", "default"])
-def test_persistent_workers_that_validation_shares(given: bool, tmp_path: Path) -> None:
-    """Validation resets the one iterator of such a loader; all batches are drawn all the same, on resume, too."""
+def test_loaders_that_validation_shares(given: bool, kind: str, tmp_path: Path) -> None:
+    """Validation begins the one iterator of such a loader anew; all batches are drawn all the same, on resume, too."""
 
     def run(epochs: int, ckpt_path: Path | None = None) -> tuple[list[Tensor], pl.Trainer, dict[str, Tensor]]:
         drawn: list[Tensor] = []
@@ -725,8 +776,7 @@ def test_persistent_workers_that_validation_shares(given: bool, tmp_path: Path) 
             drawn.append(batch[0].clone())
             return pl_module.loss(batch)
 
-        loader: DataLoader[Any] = DataLoader(Counting(), 8, num_workers=1, persistent_workers=True)
-        module = Classifier()
+        loader, module = SHARED[kind](), Classifier()
         callback = TPGMCallback(loader if given else None, loss=own_loss, every_n_steps=1)
         trainer = trainer_in(tmp_path, max_epochs=epochs, callbacks=[callback])
         trainer.fit(module, Blobs(train=24).train_dataloader(), loader, ckpt_path=ckpt_path)
@@ -745,6 +795,11 @@ def test_own_loader_is_a_copy_only_where_it_must_be() -> None:
     plain = DataLoader(blobs(8), 4)
     assert own_loader(plain) is plain
     kept = DataLoader(blobs(8), 4, num_workers=1, persistent_workers=True)
+    batches = [torch.ones(2), kept]
+    assert own_loader(batches) is batches
+    around, several = Wrapper(plain), WrapperOfSeveral(plain)
+    assert own_loader(around) is around
+    assert own_loader(several) is several
     combined = CombinedLoader({"a": kept, "b": [plain]}, "max_size_cycle")
     own: Any = own_loader(combined)
     assert own is not combined
@@ -921,14 +976,25 @@ def test_loss_parallel_gives_the_radii_of_one_process(tmp_path: Path) -> None:
 # --- streams without end
 
 
+class StreamWithLength(Stream):
+    """Says that it ends."""
+
+    def __init__(self, length: Any) -> None:
+        self.length = length
+
+    def __len__(self) -> Any:
+        return self.length
+
+
+@pytest.mark.parametrize("stream", [Stream(), *map(StreamWithLength, [10**6, 10**30, float("inf")])])
 def test_a_resumed_run_says_how_much_of_a_stream_it_draws_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(heldout, "rank_zero_info", said.append)
 
     def run(epochs: int, ckpt_path: Path | None = None) -> pl.Trainer:
-        callback = TPGMCallback(DataLoader(Stream(), 8), every_n_steps=1)
+        callback = TPGMCallback(DataLoader(stream, 8), every_n_steps=1)
         trainer = trainer_in(tmp_path, limit_val_batches=0, max_epochs=epochs, callbacks=[callback])
         trainer.fit(Classifier(), Blobs(), ckpt_path=ckpt_path)
         return trainer
@@ -937,8 +1003,35 @@ def test_a_resumed_run_says_how_much_of_a_stream_it_draws_again(
     assert [text for text in said if "again" in text] == []
     run(2, tmp_path / "a.ckpt")
     (text,) = (text for text in said if "again" in text)
-    assert text.startswith("To go on where the run was, 4 held-out batches are drawn again: their stream has no length")
+    assert text.startswith("To go on where the run was, 4 held-out batches are drawn again: their stream is read")
     assert "pass a `dataloader` whose passes end sooner" in text
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("sequential", ["stream", "stream", "points"]),
+        ("max_size_cycle", ["both", "both"]),
+        ("max_size", ["both", "stream"]),
+        ("min_size", ["both"]),
+    ],
+)
+def test_a_pass_over_combined_loaders_ends_with_the_length_of_a_stream(
+    mode: Any, expected: list[str], tmp_path: Path
+) -> None:
+    """Two batches, whatever it would give, so that the others come and a resumed run draws few again."""
+    seen: list[str] = []
+
+    def own_loss(pl_module: Classifier, batch: Any) -> Tensor:
+        both = isinstance(batch, dict)
+        parts = [value for value in batch.values() if value is not None] if both else [batch]
+        seen.append("both" if len(parts) == 2 else "stream" if both or len(batch[0]) == 8 else "points")
+        return pl_module.loss(parts[0])
+
+    loaders = {"a": DataLoader(StreamWithLength(16), 8), "b": DataLoader(blobs(4), 4)}
+    callback = TPGMCallback(CombinedLoader(loaders, mode), loss=own_loss, every_n_steps=1)
+    fit(tmp_path, Classifier(), callback, max_epochs=2)
+    assert seen == [*itertools.islice(itertools.cycle(expected), 8)]
 
 
 @pytest.mark.parametrize(("loss", "said"), [(None, True), ("validation_step", False)])

@@ -18,7 +18,15 @@ from lightning_tpgm.callbacks.framework import (
     rank_zero_info,
     uses_distributed_sampler,
 )
-from lightning_tpgm.callbacks.loaders import default_loaders, is_combined, own_loader, parts, rebuild_loader
+from lightning_tpgm.callbacks.loaders import (
+    default_loaders,
+    is_combined,
+    is_stream,
+    length_of,
+    own_loader,
+    parts,
+    rebuild_loader,
+)
 from lightning_tpgm.callbacks.source import Source, resolve_loader
 from lightning_tpgm.callbacks.step_errors import loading
 
@@ -66,11 +74,10 @@ class HeldOutBatches:
         if self._iterator is None:
             self._iterator = _one_pass(self.loaders, self.passes)
             # the state may be that of an interrupted run: go to its position by drawing again what it drew
-            if self.position and any(_length(part) is None for loader in self.loaders for part in parts(loader)):
+            if self.position and any(is_stream(part) for loader in self.loaders for part in parts(loader)):
                 rank_zero_info(
-                    f"To go on where the run was, {self.position} held-out batches are drawn again: their stream has no"
-                    " length and is read from its beginning. If that takes long, pass a `dataloader` whose passes end"
-                    " sooner."
+                    f"To go on where the run was, {self.position} held-out batches are drawn again: their stream is"
+                    " read from its beginning. If that takes long, pass a `dataloader` whose passes end sooner."
                 )
             position, self.drawn, self.position = self.position, self.drawn - self.position, 0
             for _ in range(position):
@@ -113,19 +120,12 @@ def _one_pass(loaders: list[Iterable[Any]], passes: int) -> Iterator[HeldOutBatc
             if isinstance(sampler, DistributedSampler):
                 sampler.set_epoch(passes)
         if is_combined(loader):
-            drawn: Iterable[Any] = loader  # gives all three already
+            begun = iter(loader)  # gives all three already, and knows its length from now on
+            drawn: Iterable[Any] = islice(begun, length_of(loader))
         else:
-            batches = enumerate(islice(loader, _length(loader)))
+            batches = enumerate(islice(loader, length_of(loader)))
             drawn = ((batch, batch_idx, dataloader_idx) for batch_idx, batch in batches)
         yield from (HeldOutBatch(*one) for one in drawn if one[0] is not None)
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    """How many batches a loader says it has, if it does: as Lightning, never ask it for more."""
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return None
 
 
 @loading("begin")

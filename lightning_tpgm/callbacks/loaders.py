@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_tpgm.callbacks.framework import (
@@ -122,24 +124,60 @@ def parts(loader: Any) -> list[Any]:
     return list(loader.flattened) if is_combined(loader) else [loader]
 
 
-def own_loader(loader: Iterable[Any]) -> Iterable[Any]:
+def own_loader(loader: Any, depth: int = 2) -> Any:
     """A loader that nobody else begins anew while it is in use.
 
-    There is one iterator of a CombinedLoader, and one of a DataLoader whose workers persist; validation uses the same
-    loaders. Workers do not persist here: the state of their random generators would be lost on resume.
+    There is one iterator of a CombinedLoader, of a loader that is its own iterator, and of a DataLoader whose workers
+    persist; validation uses the same loaders. Workers do not persist here: the state of their random generators would
+    be lost on resume. A wrapper is copied, with its loaders' copies as attributes.
+
+    Args:
+        loader: Any iterable of batches.
+        depth: How deep in wrappers loaders are looked for.
     """
     if is_combined(loader):
         return _combined_of([own_loader(part) for part in parts(loader)], loader)
-    if isinstance(loader, DataLoader) and loader.persistent_workers:
-        loader = copy.copy(loader)
-        vars(loader).update(_iterator=None, persistent_workers=False)
+    if isinstance(loader, DataLoader):
+        if loader.persistent_workers:
+            loader = copy.copy(loader)
+            vars(loader).update(_iterator=None, persistent_workers=False)
+        return loader
+    # not by `copy`, which asks an object without attributes, of which some wrappers' __getattr__ makes no end
+    if not depth or not isinstance(loader, Iterable) or type(loader).__new__ is not object.__new__:
+        return loader
+    found: dict[str, Any] = getattr(loader, "__dict__", {})
+    own = {name: _own_attribute(value, depth - 1) for name, value in found.items()}
+    if any(own[name] is not found[name] for name in found) or isinstance(loader, Iterator):
+        loader = object.__new__(type(loader))
+        vars(loader).update(own)
     return loader
+
+
+def _own_attribute(value: Any, depth: int) -> Any:
+    if type(value) in (list, tuple):
+        own = [own_loader(one, 0) if isinstance(one, DataLoader) else one for one in value]
+        return type(value)(own) if any(one is not other for one, other in zip(own, value, strict=True)) else value
+    return value if isinstance(value, Dataset | nn.Module) else own_loader(value, depth)
 
 
 def _combined_of(loaders: list[Iterable[Any]], like: Any) -> Iterable[Any]:
     own: Any = copy.copy(like)
-    own.flattened, own.limits, own._iterator = loaders, None, None
+    own.flattened, own._iterator = loaders, None
+    own.limits = [math.inf if (length := length_of(loader)) is None else length for loader in loaders]
     return cast(Iterable[Any], own)
+
+
+def length_of(loader: Iterable[Any]) -> int | None:
+    """How many batches a loader says it has, if it does: as Lightning, never ask it for more."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError, OverflowError):
+        return None
+
+
+def is_stream(loader: Iterable[Any]) -> bool:
+    """Whether what comes later can be reached only by what comes before, and there may be much of it."""
+    return length_of(loader) is None or isinstance(getattr(loader, "dataset", None), IterableDataset)
 
 
 def is_combined(loader: object) -> bool:
