@@ -26,7 +26,7 @@ def read_pretrained(pretrained: Pretrained) -> dict[str, Tensor]:
 
     Args:
         pretrained: Path of a Lightning checkpoint, of a state dict (``.pt``, ``.pth``, ...) or of a ``.safetensors``
-            file; or a mapping; or a module. Files are read onto the CPU and never execute code (``weights_only``).
+            file. Or a mapping, or a module. Files are read onto the CPU and never execute code (``weights_only``).
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -109,8 +109,9 @@ def match_names(
 ) -> dict[str, str]:
     """Which pretrained tensor belongs to which parameter.
 
-    The pretrained names are taken as they are, or a prefix (``model.``, ``backbone.``, ``module.`` or any other) is put
-    before or taken from all of them. What lets most tensors find a parameter of their name and shape is taken.
+    The pretrained names are taken as they are, or a prefix is put before or taken from all of them. It may be
+    ``model.``, ``backbone.``, ``module.`` or any other. What lets most tensors find a parameter of their name and shape
+    is taken.
 
     Args:
         pretrained: Tensors by name.

@@ -16,7 +16,7 @@ from rich.table import Table
 FOOTNOTE = (
     "In distribution: 797 test digits of scikit-learn. Fine-tuning used 400 others, the radii 100 held-out ones. "
     "Shifted: mean over 2,000 MNIST test images as is, rotated, noisy, blurred, inverted, of low contrast, shifted. "
-    "The pretraining saw images like these, so that column measures what fine-tuning forgets; it does not show how a "
+    "The pretraining saw images like these, so that column measures what fine-tuning forgets. It does not show how a "
     "model fares on data that is new to it. Mean ± sample standard deviation over the seeds, where there are several."
 )
 
