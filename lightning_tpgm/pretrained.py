@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -73,7 +74,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
         ModuleNotFoundError: If a ``.safetensors`` file is given and the package safetensors is not installed.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"`pretrained` should be an existing file, found {str(path)!r}.")
+        raise FileNotFoundError(f"`pretrained` should be an existing file, found {str(path)!r}: {_why_not(path)}")
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
@@ -95,6 +96,19 @@ def read_file(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"`pretrained` file {str(path)!r} should hold a state dict, found {type(content).__name__}.")
     return content
+
+
+def _why_not(path: Path) -> str:
+    """Why a path leads to no file, and what to do."""
+    if path.is_dir():
+        return "that is a folder. Pass a file in it."
+    text = "there is no such file."
+    if not path.is_absolute():
+        text += f" It is looked for in {str(Path.cwd())!r}."
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    for close in get_close_matches(path.name, beside, n=1):
+        text += f" The closest in that folder is {close!r}."
+    return f"{text} Check its name, or leave `pretrained` out if the model holds its pretrained weights already."
 
 
 def match_pretrained(

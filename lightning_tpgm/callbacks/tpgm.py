@@ -72,7 +72,12 @@ class TPGMCallback(WithRadii, MethodCallback):
 
     >>> from lightning.pytorch import Trainer
     >>> callback = TPGMCallback(exclude=["head.*"])
-    >>> trainer = Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
+    >>> trainer = Trainer(
+    ...     callbacks=[callback],
+    ...     accelerator="cpu",
+    ...     logger=False,
+    ...     enable_checkpointing=False,
+    ... )
     >>> callback
     TPGMCallback(radius_lr='auto', norm='mars', radius_steps=1, every_n_steps=4, exclude=('head.*',))
     """

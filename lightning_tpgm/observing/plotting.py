@@ -211,5 +211,5 @@ def _scale(ax: Axes, values: Sequence[float]) -> float:
     low = max(min(positive), max(positive) / DECADES)
     margin = (max(positive) / low) ** 0.12
     ax.set_xscale("log")
-    ax.set_xlim(low / margin, max(positive) * margin)
+    ax.set_xlim(low / margin**1.8, max(positive) * margin)  # room for a word at the left
     return low
