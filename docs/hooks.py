@@ -111,6 +111,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return LINK.sub(link, markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """A picture is a link to itself: a phone shows it small, and at its size after a tap."""
+    return re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
+
+
 class PlainDocstrings(griffe.Extension):
     """Docstrings are written to be read in a terminal: `::` opens a block there, and doctests stand alone."""
 

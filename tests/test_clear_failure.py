@@ -248,7 +248,7 @@ def test_loss_without_gradient(loss: Callable[..., Tensor]) -> None:
 def test_no_held_out_data() -> None:
     message = (
         "TPGMCallback found no held-out data to learn the radii from. Pass `dataloader`, or define tpgm_dataloader() or"
-        " val_dataloader() in the datamodule or the module."
+        " val_dataloader() in the datamodule or the module. FTPCallback needs none."
     )
     with says(message):
         quiet_trainer(TPGMCallback()).fit(NoValidation(), train_loader())

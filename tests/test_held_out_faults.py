@@ -370,7 +370,7 @@ class WithoutLoaders(Classifier):
 
 
 def test_validation_loader_that_is_none_with_validation_off(tmp_path: Path) -> None:
-    expected = r"found no held-out data.*: val_dataloader\(\) gave None.* Pass `dataloader`, or define tpgm_dataloader"
+    expected = r"found no held-out data.*, because val_dataloader\(\) gave None.* Pass `dataloader`, or define"
     with pytest.raises(MisconfigurationException, match=expected):
         fit(tmp_path, WithoutLoaders(), TPGMCallback(), Blobs().train_dataloader())
 
@@ -379,7 +379,7 @@ def test_validation_loader_that_is_none_with_validation_off(tmp_path: Path) -> N
 @pytest.mark.parametrize("loaders", [[], {}, CombinedLoader([], "sequential")], ids=["list", "dict", "combined"])
 @pytest.mark.parametrize("limit_val_batches", [0, 1.0])
 def test_no_validation_loader_in_the_collection(loaders: Any, limit_val_batches: float, tmp_path: Path) -> None:
-    expected = r"found no held-out data.*: there is no validation loader.* Pass `dataloader`, or define tpgm_dataloader"
+    expected = r"found no held-out data.*, because there is no validation loader.* Pass `dataloader`, or define"
     train = Blobs().train_dataloader()
     with pytest.raises(MisconfigurationException, match=expected):
         fit(tmp_path, Classifier(), TPGMCallback(), train, loaders, limit_val_batches=limit_val_batches)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from lightning_tpgm import TPGMCallback
-from lightning_tpgm.observing.plotting import BLUE, axes_for
+from lightning_tpgm.observing.plotting import axes_for
 
 FOOTNOTE = (
     "In distribution: 797 test digits of scikit-learn. Fine-tuning used 400 others, the radii 100 held-out ones. "
@@ -62,14 +62,14 @@ def results_table(outcomes: Outcomes, title: str) -> Table:
 
 def draw_accuracies(axes: Axes, outcomes: Outcomes) -> None:
     """Draw the accuracy of every method in distribution and on the shifted domains, with standard deviations."""
-    for offset, field, colour in ((-0.2, "in_distribution", "0.7"), (0.2, "shifted", BLUE)):
+    for offset, field, colour in ((-0.2, "in_distribution", "0.8"), (0.2, "shifted", "#56B4E9")):
         summary = [mean_and_deviation([100 * getattr(run, field) for run in runs]) for runs in outcomes.values()]
         means, deviations = zip(*summary, strict=True)
         positions = [index + offset for index in range(len(means))]
         bars = axes.bar(positions, means, 0.38, yerr=deviations, capsize=3, color=colour)
         axes.bar_label(bars, fmt="%.1f", fontsize="small", padding=2)
-        words = field.replace("_", " ")
-        axes.text(offset - 0.15, 1, words, rotation=90, va="bottom", transform=axes.get_xaxis_transform(), color="w")
+        place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "rotation": 90}
+        axes.text(offset, 0.02, field.replace("_", " "), **place)
     lowest = min(100 * min(run.in_distribution, run.shifted) for runs in outcomes.values() for run in runs)
     axes.set_title("accuracy, % (the axis does not start at 0)", loc="left", fontsize="medium")
     axes.set_ylim(10 * (lowest // 10), 101)

@@ -137,7 +137,7 @@ class TPGMCallback(WithRadii, MethodCallback):
         if self.dataloader is None and not has_default_loaders(trainer, pl_module):
             raise MisconfigurationException(
                 f"{type(self).__name__} found no held-out data to learn the radii from. Pass `dataloader`, or define"
-                " tpgm_dataloader() or val_dataloader() in the datamodule or the module."
+                " tpgm_dataloader() or val_dataloader() in the datamodule or the module. FTPCallback needs none."
             )
 
     @override
