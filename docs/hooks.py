@@ -131,8 +131,10 @@ class WrittenOut(griffe.Extension):
     """Signatures show the types and the numbers that names of the package stand for."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
-        """Rewrite all signatures."""
+        """Rewrite all signatures. Give callbacks the docstrings that they take over when they are imported."""
         self._package = pkg
+        for name in ("report", "plot", "explain"):
+            pkg["callbacks.method.MethodCallback"][name].docstring = pkg["observing.shown.Shown"][name].docstring
         self._visit(pkg)
 
     def _visit(self, of: griffe.Module | griffe.Class) -> None:
