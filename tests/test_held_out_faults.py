@@ -100,7 +100,7 @@ def test_any_error_of_a_step_is_explained(error: Exception, step: str, tmp_path:
         "training_step": "(1) the training_step needs train mode",
         "validation_step": "(1) what validation does is not",
     }
-    assert f"likeliest first: {first.get(step, '(1) the loss callable needs what')}" in text
+    assert f"likeliest first:\n{first.get(step, '(1) the loss callable needs what')}" in text
     for remedy in ("`eval_mode=False`", "`dataloader`", "tpgm_dataloader()", "`loss`"):
         assert remedy in text
 
@@ -140,7 +140,7 @@ def test_a_batch_of_another_structure_is_the_first_cause(tmp_path: Path) -> None
     )
     differs = "It differs in structure from the last training batch: it is dict with the keys ['image', 'label'], in"
     assert f"{differs} training list of 2.\n" in text
-    assert "likeliest first: (1) held-out batches look different from those that it is written for" in text
+    assert "likeliest first:\n(1) held-out batches look different from those that it is written for" in text
     assert type(caught.value.__cause__) is not MisconfigurationException
 
 

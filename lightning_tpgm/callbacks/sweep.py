@@ -167,8 +167,8 @@ class Search:
         error = standard_error(value, [(math.nan if v is None else float(v), size) for v, size in batches])
         if error is None:
             raise MisconfigurationException(
-                "`tolerance` = 'one_standard_error' needs the mean of what validation_step logs: of hits, or of at"
-                f" least two batches. Found {self.monitor!r} = {value:.6g} from {len(batches)} logged values."
+                "`tolerance` = 'one_standard_error' needs a mean of validation_step's values, of hits or in at least"
+                f" two batches, found {self.monitor!r} = {value:.6g} from {len(batches)} logged values."
                 " Log it in validation_step (a torchmetrics object by its `forward`), or give a number in the"
                 " metric's unit."
             )

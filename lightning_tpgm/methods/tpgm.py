@@ -31,11 +31,9 @@ class TPGM(Method):
     Args:
         radius_lr: Adam learning rate of the radii. The authors used 0.01 with ``every_n_steps=1``. ``"auto"``: each
             radius keeps pace with its tensor, see `lightning_tpgm.methods.radii.Radii`.
-        norm: ``"mars"`` (maximum absolute row sum) or ``"l2"`` (Frobenius norm of the tensor). In mars each row has its
-            distance, and all rows of a tensor share the radius.
+        norm: ``"mars"`` (maximum absolute row sum) or ``"l2"`` (Frobenius norm of the tensor), see `TPGMCallback`.
         radius_steps: Radius updates each time they are due.
-        every_n_steps: The radii are updated on every n-th step of each optimizer, the first included. Weights are
-            projected after every one.
+        every_n_steps: Radii are updated on every n-th step of an optimizer, the first included, weights projected after all.
         when: ``"training"``, or ``"fit_end"``: nothing after steps, and all ``radius_steps`` updates in `finish`.
 
     Attributes:
