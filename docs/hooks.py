@@ -29,6 +29,8 @@ NOTEBOOKS = ("examples/notebooks/compare.ipynb", "examples/notebooks/after.ipynb
 """Each is a page with its outputs, as they are in the file, and is there to download."""
 RECIPE = re.compile(r"^\[(examples/recipes/\w+\.py)\]\(\.\./\1\)$", flags=re.MULTILINE)
 """A line that is a link to a recipe, and nothing else: the site shows the file below it."""
+CELL = re.compile(r"^\[`(.+)`\]\(\.\./(examples/notebooks/\w+\.ipynb)\)$", flags=re.MULTILINE)
+"""A line that is code with a link to a notebook: the site shows what that cell of it prints and draws."""
 LINK = re.compile(r"\[([^\]]*)\]\(([^):#]+)(#[^)]*)?\)")
 
 
@@ -37,27 +39,42 @@ def targets(source: str, text: str) -> set[str]:
     return {posixpath.normpath(posixpath.join(posixpath.dirname(source), path)) for _, path, _ in LINK.findall(text)}
 
 
-def page_of(notebook: str) -> tuple[str, dict[str, bytes]]:
-    """A notebook's cells, printed text and figures as Markdown, and the figures by their name."""
+def outputs_of(notebook: str) -> tuple[list[tuple[str, str]], dict[str, bytes]]:
+    """Each cell's source with its printed text and figures as Markdown, and the figures by their name."""
     name = posixpath.basename(notebook).removesuffix(".ipynb")
-    parts: list[str] = []
+    cells: list[tuple[str, str]] = []
     figures: dict[str, bytes] = {}
     for cell in json.loads((ROOT / notebook).read_text())["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            parts.append(source.replace(".ipynb)", ".md)"))
-            continue
-        parts.append(f"```python\n{source}\n```")
-        for output in cell["outputs"]:
+        source, shown = "".join(cell["source"]), []
+        for output in cell.get("outputs", []):
             if output["output_type"] == "stream":
-                parts.append(f"```text\n{''.join(output['text'])}```")
+                shown.append(f"```text\n{''.join(output['text'])}```")
             else:
                 figure = f"{name}_{len(figures) + 1}.png"
                 figures[figure] = base64.b64decode(output["data"]["image/png"])
-                parts.append(f"![What the cell above draws]({figure})")
-    title, *rest = parts[0].partition("\n")
-    parts[0] = f"{title}\n\n[Download the notebook]({name}.ipynb)\n{''.join(rest)}"
-    return "\n\n".join(parts) + "\n", figures
+                shown.append(f"![What {source.splitlines()[-1]!r} draws]({figure})")
+        if cell["cell_type"] == "code":
+            cells.append((f"```python\n{source}\n```", "\n\n".join(shown)))
+        else:
+            cells.append((source.replace(".ipynb)", ".md)"), ""))
+    return cells, figures
+
+
+def page_of(notebook: str) -> tuple[str, dict[str, bytes]]:
+    """A notebook as Markdown, and its figures by their name."""
+    name = posixpath.basename(notebook).removesuffix(".ipynb")
+    cells, figures = outputs_of(notebook)
+    (first, _), *_ = cells
+    title, *rest = first.partition("\n")
+    cells[0] = f"{title}\n\n[Download the notebook]({name}.ipynb)\n{''.join(rest)}", ""
+    return "\n\n".join(part for cell in cells for part in cell if part) + "\n", figures
+
+
+def shown_of(found: re.Match[str]) -> str:
+    """A link to a notebook with what one of its cells shows below it."""
+    code, notebook = found.groups()
+    (shown,) = (shown for source, shown in outputs_of(notebook)[0] if shown and code in source)
+    return found[0] + "\n\n" + shown.replace("](", f"]({posixpath.dirname(notebook)}/")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -81,7 +98,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = page.file.src_uri
     if source not in OUTER:
         markdown = RECIPE.sub(lambda found: f"{found[0]}\n\n```python\n{(ROOT / found[1]).read_text()}```", markdown)
-        return markdown.replace("](../", "](")
+        return CELL.sub(shown_of, markdown).replace("](../", "](").replace(".ipynb)", ".md)")
     if "/" in source:  # tables name every method: what they are is found first
         page.meta["search"] = {"boost": 0.3}
     folder = posixpath.dirname(source)
@@ -92,6 +109,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return found[0] if is_picture or files.get_file_from_path(path) is not None else found[1]
 
     return LINK.sub(link, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """A picture is a link to itself: a phone shows it small, and at its size after a tap."""
+    return re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
 
 
 class PlainDocstrings(griffe.Extension):
@@ -109,8 +131,10 @@ class WrittenOut(griffe.Extension):
     """Signatures show the types and the numbers that names of the package stand for."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
-        """Rewrite all signatures."""
+        """Rewrite all signatures. Give callbacks the docstrings that they take over when they are imported."""
         self._package = pkg
+        for name in ("report", "plot", "explain"):
+            pkg["callbacks.method.MethodCallback"][name].docstring = pkg["observing.shown.Shown"][name].docstring
         self._visit(pkg)
 
     def _visit(self, of: griffe.Module | griffe.Class) -> None:

@@ -110,7 +110,7 @@ def accuracy(model: Reader, data: TensorDataset) -> float:
 
 
 def main() -> None:
-    """Pretrain once; fine-tune with and without the callback at several rates and seeds; print a table."""
+    """Pretrain once, fine-tune with and without the callback at several rates and seeds, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, default=5)

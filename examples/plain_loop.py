@@ -39,7 +39,7 @@ class Classifier(nn.Module):
 
 
 def digits() -> tuple[TensorDataset, TensorDataset, TensorDataset]:
-    """Scikit-learn's digits in the format of MNIST: 400 to train on, 100 held out; and MNIST's own, to look back at."""
+    """Scikit-learn's digits in the format of MNIST, 400 to train on and 100 held out, and MNIST's own test images."""
     images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
     images = pad(interpolate(images.float().view(-1, 1, 8, 8) / 16, size=20, mode="bilinear"), (4, 4, 4, 4))
     with np.load(ASSETS / "mnist_test_2000.npz") as mnist:

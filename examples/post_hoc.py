@@ -1,7 +1,7 @@
 """TPGM after the fact: from two checkpoints that exist already, a third that remembers more.
 
-A classifier is fine-tuned as always and saved; `project_checkpoint` then learns the radii on held-out digits without
-any training, and `wise_ft_sweep` shows what one number for all tensors can do. About twenty seconds on two cores:
+A classifier is fine-tuned as always and saved. `project_checkpoint` then learns the radii on held-out digits without
+any training. `wise_ft_sweep` shows what one number for all tensors can do. About twenty seconds on two cores:
 
     python examples/post_hoc.py
 """

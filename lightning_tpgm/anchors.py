@@ -26,11 +26,11 @@ class Anchors:
     another fit of the same model. `join` lets those join that have thawed. `release` lets go of the model.
 
     Args:
-        device: ``"cpu"``: the anchors are kept in the host's memory; None: on the parameters' device.
+        device: ``"cpu"``: the anchors are kept in the host's memory. None: on the parameters' device.
 
     Attributes:
-        origin: ``"none"`` before the first of these transitions; ``"fresh"``: the weights as they were found;
-            ``"pretrained"``: given weights; ``"restored"``: a checkpoint.
+        origin: ``"none"`` before the first of these transitions. ``"fresh"``: the weights as they were found.
+            ``"pretrained"``: given weights. ``"restored"``: a checkpoint.
         joined: The anchor of each constrained parameter, by name.
         settled: False where `retake` may find other weights: there has been no step yet.
         in_file: Whether the anchors stay in a file, since nobody needs them yet: those here have no elements.
@@ -47,7 +47,7 @@ class Anchors:
         self.settled, self.in_file = True, False
         self.joined: dict[str, Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
-        self._kept: dict[str, Tensor | None] = {}  # of all that wait; None: what they hold then
+        self._kept: dict[str, Tensor | None] = {}  # of all that wait. None: what they hold then
         self._frozen: dict[str, Tensor] = {}  # these parameters, as far as the model has them
 
     @property

@@ -31,7 +31,7 @@ def sums(weight: Tensor, anchor: Tensor, norm: Norm) -> Tensor:
 def step_sums(
     weight: Tensor, previous: Tensor, anchor: Tensor, gradient: Tensor, norm: Norm, directions: bool
 ) -> Tensor:
-    """What a step asks of every row; what enters is read from memory once, then it is in the cache.
+    """What a step asks of every row. What enters is read from memory once, then it is in the cache.
 
     Args:
         weight: W, shape (R, L).
@@ -42,7 +42,7 @@ def step_sums(
         directions: Whether <G_row, D_row> and <G_row, G_row> are asked for, too.
 
     Returns:
-        <G_row, D_prev_row>; what adds up to n of D_prev, and of D; the two above. Shape (3, R) or (5, R).
+        <G_row, D_prev_row>, what adds up to n of D_prev, and of D, and the two above. Shape (3, R) or (5, R).
     """
     found = [dots(gradient, previous, anchor), sums(previous, anchor, norm), sums(weight, anchor, norm)]
     if directions:

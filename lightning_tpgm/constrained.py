@@ -26,7 +26,7 @@ class Constrained:
         anchors: Of these, by the same names, in the same order.
         norm: ``"mars"`` or ``"l2"``: what a distance is.
         gathering: The modules that FSDP2 may have left with gathered weights, which would hide a change.
-        at: Where these tensors are among all that are constrained, shape (T,); None: these are all.
+        at: Where these tensors are among all that are constrained, shape (T,). None: these are all.
 
     Attributes:
         names: Of the tensors.
@@ -88,7 +88,7 @@ class Constrained:
     # ---- how they are arranged
 
     def prepare(self, for_balls: bool) -> None:
-        """Do now what else the first step would do; ``for_balls``: it will call `project`."""
+        """Do now what else the first step would do. ``for_balls`` says that it will call `project`."""
         _ = self.anchors, self._row_sizes if for_balls else None
 
     @cached_property
@@ -118,7 +118,7 @@ class Constrained:
         return [local(parameter) for parameter in self.parameters]
 
     def weights(self) -> Matrices:
-        """W: the present weights; views of large tensors, copies of small ones."""
+        """W, the present weights: views of large tensors, copies of small ones."""
         return self._layout.arrange(self._local())
 
     def copy(self) -> Matrices:
@@ -130,7 +130,7 @@ class Constrained:
         return self._layout.arrange(parts)
 
     def gradients(self) -> list[Tensor | None]:
-        """G: this process's parts of the parameters' ``.grad``; None for a tensor without."""
+        """G, this process's parts of the parameters' ``.grad``: None for a tensor without."""
         return [self.part(parameter.grad, i) for i, parameter in enumerate(self.parameters)]
 
     def part(self, grad: Tensor | None, index: int) -> Tensor | None:
@@ -169,13 +169,13 @@ class Constrained:
         Args:
             weights: W.
             previous: The weights at the step before, W0 + D_prev.
-            gradients: G: this process's parts, one per tensor; None counts as zeros.
+            gradients: G, this process's parts, one per tensor. None counts as zeros.
             copies: The weights are written into these parts on the way, one per tensor; None is left alone.
             directions: Whether <G_row, D_row> and <G_row, G_row> are asked for, too.
 
         Returns:
-            <G_row, D_prev_row>; what adds up to n of D_prev, and of D, for `distances`, or in l2 for `total`; the two
-            above. Shape (3, rows) or (5, rows).
+            <G_row, D_prev_row>, what adds up to n of D_prev, and of D, for `distances`, or in l2 for `total`, and the
+            two above. Shape (3, rows) or (5, rows).
         """
         copies = copies or [None] * len(self.names)
         return self._layout.step_sums(weights, previous, self.anchors, self.arrange(gradients), copies, directions)
@@ -221,7 +221,7 @@ class Constrained:
             weights: W.
             rows: Their distances, from `rows`.
             radii: gamma, shape (T,).
-            moved: The parameters that are written; None: all. Others are inside their balls already, and a write would
+            moved: The parameters that are written. None: all. Others are inside their balls already, and a write would
                 invalidate graphs through them that are still in use.
         """
         ratios = safe_ratio(self.of_rows(radii), rows, self._row_sizes, self._layout.roundoff)

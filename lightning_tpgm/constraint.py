@@ -38,7 +38,7 @@ class Constraint(Shown):
         method: What acts on the tensors.
         anchor_device: See `constrain`.
         save_anchor: See `constrain`.
-        title: What the method is called in messages; None: its class.
+        title: What the method is called in messages. None: its class.
         warn: Is told what users should know.
         tell: Is told what they may want to know.
     """
@@ -58,7 +58,7 @@ class Constraint(Shown):
         self._save_anchor = save_anchor
         self._file: AnchorFile | None = None  # what checkpoints name instead of holding anchors
         self.reporter = Reporter(self.title)
-        self.tensors: Constrained | None = None  # those that are constrained now; None: no model is attached
+        self.tensors: Constrained | None = None  # those that are constrained now. None: no model is attached
         self.steps = Steps(self.before, self.change_gradients, self.after)
         self.record_every = 1  # steps, where quantities have to be measured
         self._warn, self._tell = warn, tell

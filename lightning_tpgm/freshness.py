@@ -54,9 +54,9 @@ class FreshLayers(NamedTuple):
 
 class _Layer(NamedTuple):
     path: str
-    name: str | None  # of its weight; None: it is not constrained
+    name: str | None  # of its weight. None: it is not constrained
     own: frozenset[int]  # its parameters
-    how: str | None  # it was initialised; None: it looks trained
+    how: str | None  # it was initialised. None: it looks trained
     small: bool  # too few entries to be a reason for an alarm, or against one
 
     @property
@@ -137,7 +137,7 @@ def _initialised(part: nn.Module, values: Tensor, shape: torch.Size) -> str | No
 
     Scale, distribution, independence of rows and columns, and bias must all be what an initialisation leaves. Of these
     two are sharp, and needed: a uniform distribution fills its interval to the ends, and a bias is zero to the bit. A
-    normal distribution without such a bias is no evidence: it still passes all tests when training has moved it by a
+    normal distribution without such a bias is no evidence. It still passes all tests when training has moved it by a
     quarter of its norm.
 
     Args:

@@ -39,7 +39,7 @@ class LossGradient:
             model: Its parameters' ``.grad`` are left alone.
             loss: Gives a scalar tensor with a graph; or None, for no loss this time.
             parameters: What the gradient is for.
-            scale: What the loss is multiplied by while its gradient is taken, as a gradient scaler does; None: nothing.
+            scale: What the loss is multiplied by while its gradient is taken, as a gradient scaler does. None: nothing.
             backward: The only way to the gradient of this model's loss: it adds to ``.grad``. None: torch's own.
 
         Returns:

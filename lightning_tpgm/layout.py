@@ -1,8 +1,8 @@
 """The constrained tensors as matrices of rows, so that few and cache-sized operations do the work of all of them.
 
 Tensor by tensor, each of the ten operations of a projection passes over memory once, and thousands of small tensors
-cost thousands of calls each. Here small tensors share a matrix, and large ones are worked on in blocks that stay in the
-processor's cache, so that memory is read and written about once.
+cost thousands of calls each. Here small tensors share a matrix. Large ones are worked on in blocks that stay in the
+processor's cache. So memory is read and written about once.
 
 The functions of `lightning_tpgm.norms` and `lightning_tpgm.projection` say what is computed, for one tensor.
 """
@@ -71,7 +71,7 @@ class Layout:
     # ---- arranging
 
     def arrange(self, tensors: Sequence[Tensor | None]) -> Matrices:
-        """The tensors as matrices: views of large ones, wherever they are, copies of small ones; zeros for None."""
+        """The tensors as matrices: views of large ones, wherever they are, copies of small ones, zeros for None."""
         return [group.arrange(tensors) for group in self._groups]
 
     def copy(self, tensors: Sequence[Tensor]) -> Matrices:

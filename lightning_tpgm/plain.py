@@ -35,7 +35,7 @@ def constrain(
 ) -> Constraint:
     """Let a method act on a model in a plain PyTorch loop, under Lightning Fabric, or in anybody's trainer.
 
-    It acts in the hooks of the optimizers: ``optimizer.step()`` is all that the loop does. Call this when the model
+    It acts in the hooks of the optimizers, so ``optimizer.step()`` is all that the loop does. Call this when the model
     holds its pretrained weights and is where it will be trained (on its device, wrapped, sharded).
 
     Args:
@@ -43,22 +43,22 @@ def constrain(
         method: One of `lightning_tpgm.methods`, a new object for each model.
         optimizers: Those that step the model's parameters. None are needed for a method that acts at the end.
         exclude: fnmatch patterns over parameter names, for instance ``["head.*"]``; those are not constrained.
-        pretrained: Where the anchors come from: a file, a mapping, a module; None: the model's weights now.
+        pretrained: Where the anchors come from, a file, a mapping or a module. None: the model's weights now.
         held_out_loss: For `TPGM`: returns the loss on the next held-out batch, a scalar tensor, at the model's present
             weights. Train or eval mode and the batches are its own affair.
-        anchor_device: ``"cpu"``: the anchors are kept in the host's memory; None: on the parameters' device.
+        anchor_device: ``"cpu"``: the anchors are kept in the host's memory. None: on the parameters' device.
         save_anchor: Whether ``state_dict()`` holds the anchors. False: it holds the path of the ``pretrained`` file and
-            a fingerprint of its tensors; ``load_state_dict()`` needs the file to be where it was.
+            a fingerprint of its tensors. Then ``load_state_dict()`` needs the file to be where it was.
 
     Returns:
         The constraint: ``radii``, ``distances``, ``report()``, ``plot()``, ``state_dict()`` and ``load_state_dict()``
         for checkpoints, ``finish()`` for methods that act at the end, ``remove()``.
 
     Raises:
-        ValueError: For a pattern that matches nothing, pretrained weights that do not fit, nothing to constrain,
+        ValueError: For a pattern that matches nothing, pretrained weights that do not fit, or nothing to constrain. For
             optimizers that step nothing of it, or `TPGM` without ``held_out_loss``.
-        TypeError: For something else than a method, a string as ``exclude``, an optimizer without hooks on its step, or
-            one that evaluates other weights than it steps.
+        TypeError: For something else than a method, or a string as ``exclude``. For an optimizer without hooks on its
+            step, or one that evaluates other weights than it steps.
 
     >>> import torch
     >>> from torch.nn.functional import mse_loss

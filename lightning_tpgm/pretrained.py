@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +27,7 @@ def read_pretrained(pretrained: Pretrained) -> dict[str, Tensor]:
 
     Args:
         pretrained: Path of a Lightning checkpoint, of a state dict (``.pt``, ``.pth``, ...) or of a ``.safetensors``
-            file; or a mapping; or a module. Files are read onto the CPU and never execute code (``weights_only``).
+            file. Or a mapping, or a module. Files are read onto the CPU and never execute code (``weights_only``).
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -73,7 +74,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
         ModuleNotFoundError: If a ``.safetensors`` file is given and the package safetensors is not installed.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"`pretrained` should be an existing file, found {str(path)!r}.")
+        raise FileNotFoundError(f"`pretrained` should be an existing file, found {str(path)!r}: {_why_not(path)}")
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
@@ -97,6 +98,19 @@ def read_file(path: Path) -> Mapping[str, Any]:
     return content
 
 
+def _why_not(path: Path) -> str:
+    """Why a path leads to no file, and what to do."""
+    if path.is_dir():
+        return "that is a folder. Pass a file in it."
+    text = "there is no such file."
+    if not path.is_absolute():
+        text += f" It is looked for in {str(Path.cwd())!r}."
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    for close in get_close_matches(path.name, beside, n=1):
+        text += f" The closest in that folder is {close!r}."
+    return f"{text} Check its name, or leave `pretrained` out if the model holds its pretrained weights already."
+
+
 def match_pretrained(
     pretrained: Mapping[str, Tensor], parameters: Mapping[str, Tensor], report: Callable[[str], None]
 ) -> dict[str, Tensor]:
@@ -109,8 +123,9 @@ def match_names(
 ) -> dict[str, str]:
     """Which pretrained tensor belongs to which parameter.
 
-    The pretrained names are taken as they are, or a prefix (``model.``, ``backbone.``, ``module.`` or any other) is put
-    before or taken from all of them. What lets most tensors find a parameter of their name and shape is taken.
+    The pretrained names are taken as they are, or a prefix is put before or taken from all of them. It may be
+    ``model.``, ``backbone.``, ``module.`` or any other. What lets most tensors find a parameter of their name and shape
+    is taken.
 
     Args:
         pretrained: Tensors by name.

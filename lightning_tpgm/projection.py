@@ -66,7 +66,7 @@ def project(weight: Tensor, anchor: Tensor, ratio: Tensor, out: Tensor | None = 
         anchor: W0, same shape and dtype.
         ratio: r, broadcastable against W, float32 or float64. From `safe_ratio` it keeps the result inside the ball,
             which rounding would leave by a little otherwise.
-        out: Where to write the result, shape and dtype of ``weight``, which it may be; None: new memory.
+        out: Where to write the result, shape and dtype of ``weight``, which it may be. None: new memory.
 
     Returns:
         The projected weight, same shape and dtype as ``weight``.
@@ -93,8 +93,8 @@ def project_inside(weight: Tensor, anchor: Tensor, ratio: Tensor, norm: Norm, ou
     """`project` for 16-bit dtypes, rounded so that no row is farther from its anchor than it would be unrounded.
 
     Of two elements that are to move by half a step of the dtype, one moves and the other stays. The fractions of steps
-    are added up along the row, and where they make a whole one the element is rounded away from W0, else towards it. So
-    a row keeps its length, even if all its elements are to move by less than a step. What is too long by then is taken
+    are added up along the row. Where they make a whole one the element is rounded away from W0, else towards it. So a
+    row keeps its length, even if all its elements are to move by less than a step. What is too long by then is taken
     back.
 
     Args:
@@ -102,7 +102,7 @@ def project_inside(weight: Tensor, anchor: Tensor, ratio: Tensor, norm: Norm, ou
         anchor: W0, same shape and dtype.
         ratio: r, shape (R, 1), float32 or float64.
         norm: What a row's distance is: the L1 norm (``"mars"``) or the Euclidean norm (``"l2"``).
-        out: Where to write the result, which may be ``weight``; None: new memory.
+        out: Where to write the result, which may be ``weight``. None: new memory.
 
     Returns:
         The projected weight. A row with r = 1 is unchanged to the bit. Parts of a row may be rounded one by one.

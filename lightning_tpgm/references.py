@@ -83,7 +83,7 @@ def put_back(
 
     Args:
         state: As `lightning_tpgm.constraint.Constraint.state_dict` gave it.
-        path: Where the file is now; None: where it was.
+        path: Where the file is now. None: where it was.
         given: What is in it, if it has been read.
 
     Raises:

@@ -46,7 +46,10 @@ def constrainable(module: nn.Module, exclude: Sequence[str] = (), buffers: bool 
     patterns = [clean_name(pattern) for pattern in exclude]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
-            raise ValueError(f"`exclude` pattern {pattern!r} matches no parameter. {_closest(pattern, known)}")
+            raise ValueError(
+                f"`exclude` pattern {pattern!r} matches no parameter. {_closest(pattern, known)}"
+                " Patterns are compared with the names in `model.named_parameters()`."
+            )
 
     selected: dict[str, Tensor] = {}
     for parameter, aliases in names.items():

@@ -249,7 +249,7 @@ def test_loss_without_gradient(loss: Callable[..., Tensor]) -> None:
 def test_no_held_out_data() -> None:
     message = (
         "TPGMCallback found no held-out data to learn the radii from. Pass `dataloader`, or define tpgm_dataloader() or"
-        " val_dataloader() in the datamodule or the module."
+        " val_dataloader() in the datamodule or the module. FTPCallback needs none."
     )
     with says(message):
         quiet_trainer(TPGMCallback()).fit(NoValidation(), train_loader())
@@ -434,6 +434,7 @@ def test_a_finetuning_callback_cannot_unfreeze_what_is_excluded() -> None:
 
 def test_exclude_pattern_without_match() -> None:
     message = "`exclude` pattern 'model.head.*' matches no parameter. The closest names are 'head.bias', 'head.weight'."
+    message += " Patterns are compared with the names in `model.named_parameters()`."
     with says(message):
         fit(toy(), TPGMCallback(exclude=["model.head.*"]))
 
@@ -464,8 +465,25 @@ def write(content: Any, path: Path) -> Path:
 
 
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing": (lambda path: path, "`pretrained` should be an existing file, found '{path}'."),
-    "folder": (lambda path: path.parent, "`pretrained` should be an existing file, found '...'."),
+    "missing": (
+        lambda path: path,
+        "`pretrained` should be an existing file, found '{path}': there is no such file. Check its name, or leave"
+        " `pretrained` out if the model holds its pretrained weights already.",
+    ),
+    "misspelt": (
+        lambda path: write(toy().state_dict(), path).with_stem("aa"),
+        "`pretrained` should be an existing file, found '...aa.pt': there is no such file. The closest in that folder"
+        " is 'a.pt'. Check...",
+    ),
+    "relative": (
+        lambda path: "weights/pretrained.pt",
+        "`pretrained` should be an existing file, found 'weights/pretrained.pt': there is no such file. It is looked"
+        " for in '{cwd}'. Check...",
+    ),
+    "folder": (
+        lambda path: path.parent,
+        "`pretrained` should be an existing file, found '...': that is a folder. Pass a file in it.",
+    ),
     "no torch file": (
         lambda path: path.write_text("hello") and path,
         "`pretrained` file '{path}' cannot be read with weights_only=True: ... Save its weights alone,"
@@ -508,7 +526,7 @@ def test_bad_pretrained_file(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     pretrained = make(path)
     started = Started()
-    with says(message.format(path=path)):
+    with says(message.format(path=path, cwd=Path.cwd())):
         fit(toy(), TPGMCallback(pretrained=pretrained), started)
     assert not started.training
 

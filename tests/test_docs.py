@@ -1,7 +1,8 @@
-"""What a reader copies from docs/ runs."""
+"""What a reader copies from docs/ runs, and its sentences are read once."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -82,6 +83,29 @@ def test_code_fits_a_phone() -> None:
     """As wide as docs/site.css makes room for."""
     code = [line for page in PAGES for match in BLOCK.finditer(page.read_text()) for line in match[2].splitlines()]
     assert [line for line in code if len(line) > 56] == []
+
+
+ROOT = PAGES[0].parents[1]
+PROSE = [ROOT / "README.md", *PAGES, *sorted(ROOT.glob("lightning_tpgm/**/*.py"))]
+
+
+def prose(path: Path) -> str:
+    """A page, or the docstrings of a module, with an empty line before each item, entry, heading and row."""
+    if path.suffix == ".md":
+        text = re.sub(r"^(```|---\n).*?^(```|---)$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        return re.sub(r"^(?= *(?:[-*|#!:]|\d\.) ?)", "\n", re.sub(r"\]\([^)]*\)", "]", text), flags=re.MULTILINE)
+    nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    text = "\n\n".join(ast.get_docstring(node) or "" for node in nodes)
+    text = re.sub(r"::\n\n(?: .*\n|\n)+|^>>>(?:.+\n?)+", ":\n\n", text, flags=re.MULTILINE)  # formulas, doctests
+    return re.sub(r"^(?= *(?:- |\w+: |\w+:$))", "\n", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_sentence_has_at_most_25_words(path: Path) -> None:
+    paragraphs = [part for part in re.split(r"\n\s*\n", prose(path)) if not re.match(r" *[|#:<!]", part)]
+    found = [sentence for part in paragraphs for sentence in re.split(r"[.!?][\"'*`)\]]*\s+(?=[^a-z0-9])", part)]
+    words = [[word for word in sentence.split() if re.search(r"\w", word)] for sentence in found]
+    assert [" ".join(sentence) for sentence in words if len(sentence) > 25] == []
 
 
 def text_of(name: str) -> str:

@@ -101,7 +101,7 @@ def test_any_error_of_a_step_is_explained(error: Exception, step: str, tmp_path:
         "training_step": "(1) the training_step needs train mode",
         "validation_step": "(1) what validation does is not",
     }
-    assert f"likeliest first: {first.get(step, '(1) the loss callable needs what')}" in text
+    assert f"likeliest first:\n{first.get(step, '(1) the loss callable needs what')}" in text
     for remedy in ("`eval_mode=False`", "`dataloader`", "tpgm_dataloader()", "`loss`"):
         assert remedy in text
 
@@ -141,7 +141,7 @@ def test_a_batch_of_another_structure_is_the_first_cause(tmp_path: Path) -> None
     )
     differs = "It differs in structure from the last training batch: it is dict with the keys ['image', 'label'], in"
     assert f"{differs} training list of 2.\n" in text
-    assert "likeliest first: (1) held-out batches look different from those that it is written for" in text
+    assert "likeliest first:\n(1) held-out batches look different from those that it is written for" in text
     assert type(caught.value.__cause__) is not MisconfigurationException
 
 
@@ -457,7 +457,7 @@ class WithoutLoaders(Classifier):
 
 
 def test_validation_loader_that_is_none_with_validation_off(tmp_path: Path) -> None:
-    expected = r"found no held-out data.*: val_dataloader\(\) gave None.* Pass `dataloader`, or define tpgm_dataloader"
+    expected = r"found no held-out data.*, because val_dataloader\(\) gave None.* Pass `dataloader`, or define"
     with pytest.raises(MisconfigurationException, match=expected):
         fit(tmp_path, WithoutLoaders(), TPGMCallback(), Blobs().train_dataloader())
 
@@ -466,7 +466,7 @@ def test_validation_loader_that_is_none_with_validation_off(tmp_path: Path) -> N
 @pytest.mark.parametrize("loaders", [[], {}, CombinedLoader([], "sequential")], ids=["list", "dict", "combined"])
 @pytest.mark.parametrize("limit_val_batches", [0, 1.0])
 def test_no_validation_loader_in_the_collection(loaders: Any, limit_val_batches: float, tmp_path: Path) -> None:
-    expected = r"found no held-out data.*: there is no validation loader.* Pass `dataloader`, or define tpgm_dataloader"
+    expected = r"found no held-out data.*, because there is no validation loader.* Pass `dataloader`, or define"
     train = Blobs().train_dataloader()
     with pytest.raises(MisconfigurationException, match=expected):
         fit(tmp_path, Classifier(), TPGMCallback(), train, loaders, limit_val_batches=limit_val_batches)

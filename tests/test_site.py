@@ -42,5 +42,19 @@ def test_a_notebook_is_a_page_with_its_figures(notebook: str) -> None:
     assert ".ipynb)" not in page.replace(f"]({name}.ipynb)", "")  # links lead to pages of the site
 
 
+def test_the_page_of_pictures_shows_what_cells_draw() -> None:
+    page: Any = SimpleNamespace(file=SimpleNamespace(src_uri="pictures.md"))
+    nothing: Any = None
+    shown = hooks.on_page_markdown((ROOT / "docs" / "pictures.md").read_text(), page, nothing, nothing)
+    figures = re.findall(r"^!\[.*\]\(examples/notebooks/(compare_\d\.png)\)$", shown, flags=re.MULTILINE)
+    assert len(figures) == 2
+    assert set(figures) <= set(hooks.page_of("examples/notebooks/compare.ipynb")[1])
+    assert shown.count("```text\n") == 2  # the verdict and the report
+
+
+def test_a_picture_is_a_link_to_itself() -> None:
+    assert hooks.on_page_content('<img alt="a" src="b.png" />') == '<a href="b.png"><img alt="a" src="b.png" /></a>'
+
+
 def test_all_notebooks_are_pages() -> None:
     assert {str(path.relative_to(ROOT)) for path in ROOT.glob("examples/notebooks/*.ipynb")} == set(hooks.NOTEBOOKS)

@@ -56,12 +56,12 @@ def image_net_backbone() -> EfficientNet:
 class EmojiClassifier(LightningModule):
     """EfficientNet-Lite0 for 64-pixel emoji: 3.4 million parameters.
 
-    Batch normalisation normalises by its running statistics while training, too, and does not update them, as is usual
-    where a pretrained network is fine-tuned on few data.
+    Batch normalisation normalises by its running statistics while training, too, and does not update them. That is
+    usual where a pretrained network is fine-tuned on few data.
 
     Args:
         lr: Learning rate of AdamW.
-        weights: Path of a state dict to start from; None: the ImageNet weights and a random head.
+        weights: Path of a state dict to start from. None: the ImageNet weights and a random head.
     """
 
     def __init__(self, lr: float = 1e-3, weights: str | None = None) -> None:

@@ -116,9 +116,9 @@ def styles(folders: Mapping[str, Path]) -> dict[str, Files]:
 def build(folders: Mapping[str, Path], path: Path) -> None:
     """Draw every emoji that all styles have and that is no sequence joined by U+200D, and save them.
 
-    Of a class with more than 130 a fixed random 130 are taken. Joined sequences are left out because most are variants
-    of another emoji, which would put near-duplicates into training and test sets; flags, because the fluent styles took
-    theirs from another one.
+    Of a class with more than 130 a fixed random 130 are taken. Joined sequences are left out. Most are variants of
+    another emoji, which would put near-duplicates into training and test sets. Flags are left out because the fluent
+    styles took theirs from another one.
     """
     entries = json.loads((folders["emoji-datasource-google"] / "emoji.json").read_text())
     found: dict[str, list[tuple[str, dict[str, Path]]]] = {name: [] for name in CLASSES}

@@ -40,7 +40,7 @@ class Result:
 
     Attributes:
         run: The fit; its method is that of the row, WiSE-FT for instance.
-        alpha: Of the interpolation with the pretrained weights; 1: none.
+        alpha: Of the interpolation with the pretrained weights, 1 if there is none.
         held_out: Accuracy on the validation data, which sweeps choose alpha by.
         choice: Accuracy on the data in distribution that rates and settings are chosen by.
         accuracies: By test domain, the one in distribution first.

@@ -1,9 +1,9 @@
 """Choose `radius_lr` and `radius_steps` for demo.py, on in-distribution data alone.
 
 Every setting is run with several seeds and judged on 100 digits a seed that serve neither training, nor the radii, nor
-testing (`Digits.choice`). The rule, for each norm: of the settings whose mean accuracy on these digits is within one
-standard error of the best setting's, take the one whose radii can move least, that is, with the smallest
-`radius_lr * radius_steps`, then with the fewest steps. Accuracies on the test digits and the shifted domains are
+testing (`Digits.choice`). The rule holds for each norm. Candidates are the settings whose mean accuracy on these digits
+is within one standard error of the best setting's. Of these it takes the one whose radii can move least. That is the
+smallest `radius_lr * radius_steps`, then the fewest steps. Accuracies on the test digits and the shifted domains are
 reported in columns of their own, which the rule does not look at.
 
     python examples/digits/choose.py

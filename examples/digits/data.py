@@ -36,10 +36,10 @@ def sklearn_digits() -> TensorDataset:
 class Digits(LightningDataModule):
     """The digits of scikit-learn, a small target domain of 400 training images.
 
-    A fixed set of 797 digits is for testing and the same for every seed, so nothing chosen with one seed has seen the
-    test digits of another. The other 1,000 are split anew by the seed: 400 for training, 100 held out (the validation
-    set), 100 for choosing settings (`choice`, which no loader serves and choose.py alone looks at), and 400 are left
-    unused, which keeps the task small.
+    A fixed set of 797 digits is for testing, the same for every seed. So nothing chosen with one seed has seen the test
+    digits of another. The other 1,000 are split anew by the seed. 400 are for training, 100 are held out (the
+    validation set), and 100 are for choosing settings. No loader serves these (`choice`), and choose.py alone looks at
+    them. 400 are left unused, which keeps the task small.
 
     Args:
         seed: Decides the split and the order of the training digits.

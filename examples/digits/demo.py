@@ -13,7 +13,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from data import CHECKPOINT, Digits, shifted_domains
@@ -27,28 +26,6 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "mars": {"radius_lr": 0.1, "radius_steps": 1},
     "l2": {"radius_lr": 0.01, "radius_steps": 1},
 }
-
-
-class DistanceHistory(Callback):
-    """Keeps what a TPGM callback, which comes before it in the trainer's list, reports after every step.
-
-    Args:
-        tpgm: The callback to follow.
-    """
-
-    def __init__(self, tpgm: TPGMCallback) -> None:
-        self.tpgm = tpgm
-        self.distances: defaultdict[str, list[float]] = defaultdict(list)
-        self.radii: defaultdict[str, list[float]] = defaultdict(list)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Append the present distances and radii."""
-        for name, distance in self.tpgm.distances.items():
-            self.distances[name].append(distance)
-        for name, radius in self.tpgm.radii.items():
-            self.radii[name].append(radius)
 
 
 def main() -> None:
@@ -70,7 +47,7 @@ def main() -> None:
     console = Console(highlight=False)
     domains = shifted_domains()
     outcomes: defaultdict[str, list[Outcome]] = defaultdict(list)
-    histories: list[DistanceHistory] = []
+    shown: list[TPGMCallback] = []
 
     def record(method: str, model: DigitClassifier, digits: Digits, seconds: float) -> None:
         outcome = Outcome(evaluate(model, digits.test).accuracy, mean_accuracy(model, domains), seconds)
@@ -79,11 +56,10 @@ def main() -> None:
 
     for seed in range(arguments.seeds):
         digits = Digits(seed)
-        mars = TPGMCallback(norm="mars", every_n_steps=1, **CHOSEN["mars"])
-        histories.append(DistanceHistory(mars))
-        methods: dict[str, list[Callback]] = {
+        shown.append(TPGMCallback(norm="mars", every_n_steps=1, **CHOSEN["mars"]))
+        methods = {
             "plain fine-tuning": [],
-            "TPGM (mars)": [mars, histories[-1]],
+            "TPGM (mars)": [shown[-1]],
             "TPGM (l2)": [TPGMCallback(norm="l2", every_n_steps=1, **CHOSEN["l2"])],
         }
         if seed == 0:
@@ -101,7 +77,7 @@ def main() -> None:
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     figure = arguments.output / "digits.png"
-    draw_figure(histories[0].distances, histories[0].radii, outcomes, figure)
+    draw_figure(shown[0], outcomes, figure)
     statistics = "updated" if arguments.update_statistics else "frozen"
     console.print(results_table(outcomes, title=f"Fine-tuning on 400 digits, running statistics {statistics}"))
     console.print(FOOTNOTE)

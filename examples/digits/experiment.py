@@ -53,8 +53,8 @@ def fine_tune(
 ) -> tuple[DigitClassifier, float]:
     """Fine-tune the pretrained classifier on `digits`; all that tells one method from another is in `callbacks`.
 
-    The running statistics of batch normalisation stay frozen by default, for every method: they are no parameters, so
-    no bound on the weights reaches them, and 400 digits of one kind would overwrite those of the pretraining.
+    The running statistics of batch normalisation stay frozen by default, for every method. They are no parameters, so
+    no bound on the weights reaches them. 400 digits of one kind would overwrite those of the pretraining.
 
     Returns:
         The classifier and the seconds that `Trainer.fit` took.

@@ -24,9 +24,9 @@ class DigitClassifier(LightningModule):
 
     Args:
         lr: Learning rate of Adam.
-        weights: Path of a state dict to start from; None: random weights.
+        weights: Path of a state dict to start from. None: random weights.
         freeze_statistics: Keep the running means and variances of batch normalisation, and normalise by them while
-            training too, as is usual where a pretrained network is fine-tuned on few data.
+            training too. That is usual where a pretrained network is fine-tuned on few data.
     """
 
     def __init__(self, lr: float = 1e-3, weights: str | None = None, freeze_statistics: bool = False) -> None:

@@ -7,16 +7,17 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from rich.table import Table
+
+from lightning_tpgm import TPGMCallback
+from lightning_tpgm.observing.plotting import axes_for
 
 FOOTNOTE = (
     "In distribution: 797 test digits of scikit-learn. Fine-tuning used 400 others, the radii 100 held-out ones. "
     "Shifted: mean over 2,000 MNIST test images as is, rotated, noisy, blurred, inverted, of low contrast, shifted. "
-    "The pretraining saw images like these, so that column measures what fine-tuning forgets; it does not show how a "
+    "The pretraining saw images like these, so that column measures what fine-tuning forgets. It does not show how a "
     "model fares on data that is new to it. Mean ± sample standard deviation over the seeds, where there are several."
 )
 
@@ -59,38 +60,27 @@ def results_table(outcomes: Outcomes, title: str) -> Table:
     return table
 
 
-def draw_history(axes: Axes, distances: Mapping[str, Sequence[float]], radii: Mapping[str, Sequence[float]]) -> None:
-    """Draw distance and radius (dashed) of every weight but those of batch normalisation, by optimizer step."""
-    names = [name for name in radii if name.endswith("0.weight") or name == "head.weight"]
-    for name, shade in zip(names, plt.get_cmap("viridis")(range(0, 256, 240 // len(names))), strict=False):
-        axes.plot(distances[name], color=shade, linewidth=5, alpha=0.4, label=name)
-        axes.plot(radii[name], color=shade, linestyle="--")
-    axes.set(title="TPGM (mars)", xlabel="optimizer step", ylabel="largest row sum of |weight - pretrained weight|")
-    dashed = Line2D([], [], color="grey", linestyle="--", label="radius")
-    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
-    axes.legend(handles=[*axes.get_legend_handles_labels()[0], dashed], loc="upper center", ncols=3, fontsize="small")
-
-
 def draw_accuracies(axes: Axes, outcomes: Outcomes) -> None:
     """Draw the accuracy of every method in distribution and on the shifted domains, with standard deviations."""
-    for offset, field, colour in ((-0.2, "in_distribution", "tab:grey"), (0.2, "shifted", "tab:orange")):
+    for offset, field, colour in ((-0.2, "in_distribution", "0.8"), (0.2, "shifted", "#56B4E9")):
         summary = [mean_and_deviation([100 * getattr(run, field) for run in runs]) for runs in outcomes.values()]
         means, deviations = zip(*summary, strict=True)
         positions = [index + offset for index in range(len(means))]
-        bars = axes.bar(positions, means, 0.38, yerr=deviations, capsize=3, color=colour, label=field.replace("_", " "))
+        bars = axes.bar(positions, means, 0.38, yerr=deviations, capsize=3, color=colour)
         axes.bar_label(bars, fmt="%.1f", fontsize="small", padding=2)
+        place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "rotation": 90}
+        axes.text(offset, 0.02, field.replace("_", " "), **place)
     lowest = min(100 * min(run.in_distribution, run.shifted) for runs in outcomes.values() for run in runs)
-    axes.set(title="Accuracy (the axis does not start at 0)", ylabel="%", ylim=(10 * (lowest // 10), 104.5))
-    axes.set_xticks(range(len(outcomes)), list(outcomes))
-    axes.legend(loc="upper center", ncols=2, fontsize="small")
+    axes.set_title("accuracy, % (the axis does not start at 0)", loc="left", fontsize="medium")
+    axes.set_ylim(10 * (lowest // 10), 101)
+    axes.set_xticks(range(len(outcomes)), [method.replace(" ", "\n", 1) for method in outcomes])
+    axes.grid(visible=False)
 
 
-def draw_figure(
-    distances: Mapping[str, Sequence[float]], radii: Mapping[str, Sequence[float]], outcomes: Outcomes, path: Path
-) -> None:
-    """Draw one run's distances and radii beside the accuracies of all runs, and save the figure to `path`."""
+def draw_figure(tpgm: TPGMCallback, outcomes: Outcomes, path: Path) -> None:
+    """Draw what one run's constraint did beside the accuracies of all runs, and save the figure to `path`."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    draw_history(left, distances, radii)
-    draw_accuracies(right, outcomes)
+    tpgm.plot(ax=left)
+    draw_accuracies(axes_for(right)[1], outcomes)
     figure.savefig(path, dpi=150)

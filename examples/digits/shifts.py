@@ -13,7 +13,7 @@ def move(images: Tensor, degrees: Tensor | float = 0.0, offsets: Tensor | None =
     Args:
         images: Batch of images.
         degrees: Counter-clockwise angles, (batch,) or one for all.
-        offsets: Shifts to the right and down in pixels, (batch, 2); None: no shift.
+        offsets: Shifts to the right and down in pixels, (batch, 2). None: no shift.
 
     Returns:
         The moved images, by bilinear interpolation.

@@ -31,6 +31,7 @@ from model import DigitClassifier
 
 quieten_lightning()
 torch.set_num_threads(1)  # the network is too small for more
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 output = Path("demo_output")
 output.mkdir(exist_ok=True)
 options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -124,11 +125,11 @@ for alpha in sweep.alphas:
     path.append((evaluate(model, digits.test).accuracy, mean_accuracy(model, shifted)))
 
 figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-ax.plot(*zip(*path, strict=True), marker="o", color="0.6", label="alpha from 0 to 1")
-for (method, found), marker in zip(list(scores.items())[2:], "sD", strict=True):
-    ax.scatter(*found, s=80, marker=marker, label=method, zorder=3)
+ax.plot(*zip(*path, strict=True), marker="o", color="0.7", label="alpha from 0 to 1")
+for (method, found), color in zip(list(scores.items())[2:], ("#E69F00", "#009E73"), strict=True):
+    ax.scatter(*found, s=60, color=color, label=method, zorder=3)
 ax.set(xlabel="accuracy on new digits", ylabel="accuracy on shifted digits")
-ax.legend()
+ax.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
@@ -173,10 +174,11 @@ trainer.save_checkpoint(output / "robust.ckpt")
 
 # %%
 figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-for (method, found), marker in zip(scores.items(), "*osDPX", strict=True):
-    ax.scatter(*found, s=80, marker=marker, label=method)
+colors = ("grey", "black", "#E69F00", "#009E73", "#0072B2", "#CC79A7")
+for (method, found), color in zip(scores.items(), colors, strict=True):
+    ax.scatter(*found, s=60, color=color, label=method)
 ax.set(xlabel="accuracy on new digits", ylabel="accuracy on shifted digits")
-ax.legend()
+ax.legend(frameon=False)
 plt.show()
 
 # %% [markdown]

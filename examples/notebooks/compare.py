@@ -16,6 +16,7 @@ It takes less than two minutes on two cores.
 # %%
 import sys
 from statistics import fmean
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import torch
@@ -32,6 +33,8 @@ from model import DigitClassifier
 
 quieten_lightning()
 torch.set_num_threads(1)  # the network is too small for more
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+colors = {"pretrained": "grey", "plain": "black", "WiSE-FT": "#E69F00", "TPGM": "#0072B2"}
 
 # %% [markdown]
 """
@@ -46,7 +49,8 @@ The pretraining saw images like the shifted ones. So accuracy on them measures w
 # %%
 digits = Digits(seed=0)
 digits.setup("test")
-shifted = {name: TensorDataset(*images[::4]) for name, images in shifted_domains().items()}
+domains = shifted_domains().items()
+shifted = {name: TensorDataset(*part[::4]) for name, part in domains}
 
 shown = {"new": digits.test, **shifted}
 figure, axes = plt.subplots(1, len(shown), figsize=(8, 1.4), layout="constrained")
@@ -100,13 +104,20 @@ WiSE-FT starts from the plain run. `wise_ft_sweep` validates at eleven mixtures 
 """
 
 # %%
-scores = {"pretrained": [score(DigitClassifier(weights=str(CHECKPOINT)))], "plain": [], "WiSE-FT": [], "TPGM": []}
+scores = {method: [] for method in colors}
+scores["pretrained"].append(score(DigitClassifier(weights=str(CHECKPOINT))))
 for seed in range(3):
     plain, trainer = fine_tune(seed)
     scores["plain"].append(score(plain))
-    plain_weights = {name: weight.detach().clone() for name, weight in plain.named_parameters()}
+    plain_weights = {n: w.detach().clone() for n, w in plain.named_parameters()}
 
-    wise_ft_sweep(trainer, plain, str(CHECKPOINT), monitor="val_acc", datamodule=Digits(seed))
+    wise_ft_sweep(
+        trainer,
+        plain,
+        str(CHECKPOINT),
+        monitor="val_acc",
+        datamodule=Digits(seed),
+    )
     scores["WiSE-FT"].append(score(plain))
 
     tpgm = TPGMCallback()
@@ -115,7 +126,7 @@ for seed in range(3):
 
 print(f"{'accuracy, %':12}{'new digits':>12}{'shifted':>12}")
 for method, found in scores.items():
-    new, old = (100 * fmean(accuracies) for accuracies in zip(*found, strict=True))
+    new, old = (100 * fmean(part) for part in zip(*found, strict=True))
     print(f"{method:12}{new:12.1f}{old:12.1f}")
 
 # %% [markdown]
@@ -125,18 +136,30 @@ Each point is one run. The best place is at the top right: nothing forgotten, al
 
 # %%
 figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-for (method, found), marker in zip(scores.items(), "*osD", strict=True):
-    ax.scatter(*zip(*found, strict=True), label=method, marker=marker, s=60)
+for method, found in scores.items():
+    ax.scatter(*zip(*found, strict=True), color=colors[method], s=40)
+    highest = max(found, key=lambda accuracies: accuracies[1])
+    options = {"ha": "center", "color": colors[method]}
+    ax.annotate(method, highest, (0, 6), textcoords="offset points", **options)
+ax.margins(0.12)
 ax.set(xlabel="accuracy on new digits", ylabel="accuracy on shifted digits")
-ax.legend()
 plt.show()
 
 # %% [markdown]
 """
 ## What TPGM did
 
-The callback of the last seed tells it. Each row of the figure is a tensor: how far it may go, and how far it is.
-Where the constraint binds, the optimizer wants to go farther.
+The callback of the last seed tells it in words:
+"""
+
+# %%
+print(fill(tpgm.explain(), width=56))
+
+# %% [markdown]
+"""
+Each row of the figure is a tensor, the first layer at the top.
+Its line ends where the optimizer wanted to be and where it was allowed to be, as means over the steps.
+The bars at the right say in how many of its steps a tensor was bound.
 """
 
 # %%
@@ -144,11 +167,22 @@ figure, ax = tpgm.plot()
 
 # %% [markdown]
 """
-Over the steps: dark tensors stayed near to their pretrained values.
+Over the steps: what each projection left of the distance. Dark means that it took much back.
 """
 
 # %%
-figure, ax = tpgm.plot("steps", "distance")
+figure, ax = tpgm.plot("steps", "ratio")
+
+# %% [markdown]
+"""
+The same in numbers:
+"""
+
+# %%
+columns = ["wanted", "allowed", "bound", "pinned"]
+print(" " * 18, *(f"{column:>8}" for column in columns))
+for row in tpgm.report():
+    print(f"{row['name']:18}", *(f"{row[column]:8.3f}" for column in columns))
 
 # %% [markdown]
 """
@@ -156,16 +190,20 @@ Beside the plain run with the same seed: how far does each tensor go with the co
 Here the distance is the root of the sum of squares, for both.
 """
 
+
 # %%
-names = list(tpgm.anchor)
-free = [torch.dist(plain_weights[name], tpgm.anchor[name]).item() for name in names]
-bound = [torch.dist(robust.get_parameter(name).detach(), tpgm.anchor[name]).item() for name in names]
+def distances(weights):
+    pairs = ((weights[n].detach(), w) for n, w in tpgm.anchor.items())
+    return [torch.dist(*pair).item() for pair in pairs]
+
+
+names, bounded = list(tpgm.anchor), dict(robust.named_parameters())
 figure, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
-ax.bar(names, free, color="lightgrey", label="plain")
-ax.bar(names, bound, width=0.5, label="TPGM")
+ax.bar(names, distances(plain_weights), color="lightgrey", label="plain")
+ax.bar(names, distances(bounded), 0.5, color=colors["TPGM"], label="TPGM")
 ax.tick_params(axis="x", rotation=90)
 ax.set(ylabel="distance from the pretrained value")
-ax.legend()
+ax.legend(frameon=False)
 plt.show()
 
 # %% [markdown]

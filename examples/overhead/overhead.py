@@ -1,8 +1,8 @@
 """What the constraint costs: time of each method's own work in a step, against the floor, and memory.
 
-Everything is timed in one process and in alternating rounds, so that what else the machine does falls on all alike:
-a plain training step, the evaluation that TPGM cannot do without, a copy of the weights, each method, and naive
-transcriptions of TPGM and FTP. About 45 minutes on two cores; `--quick` takes some minutes.
+Everything is timed in one process and in alternating rounds, so that what else the machine does falls on all alike.
+Timed are a plain training step, the evaluation that TPGM cannot do without, and a copy of the weights. So are each
+method, and naive transcriptions of TPGM and FTP. About 45 minutes on two cores; `--quick` takes some minutes.
 """
 
 from __future__ import annotations

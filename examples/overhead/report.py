@@ -18,8 +18,8 @@ README = Path(__file__).parents[2] / "docs" / "cost.md"
 MAIN = ("ResNet-50", "ViT-B/16", "MiniLM-L6")
 WITHOUT_EVALUATION = ("FTP, mars", "FTP, l2", "DiGraP", "SPD", "L2-SP")
 COPIES = 5.5
-"""The floor of TPGM's own passes over the constrained weights, in copies (one read and one write) of them: read W and
-W0 and write D; read D and W0 and write W, before and after the evaluation; read G and D."""
+"""The floor of TPGM's own passes over the constrained weights, in copies (one read and one write) of them. They read W
+and W0 and write D. Before and after the evaluation they read D and W0 and write W. At last they read G and D."""
 
 Times = dict[tuple[str, int], dict[str, float]]
 

@@ -106,7 +106,7 @@ def loader(
     train: bool = False,
     shuffle: bool = False,
 ) -> DataLoader[tuple[Tensor, int]]:
-    """Batches of ``batch_size`` images over all devices together; ``train``: augmented, shuffled, only whole ones."""
+    """Batches of ``batch_size`` images over all devices together. ``train``: augmented, shuffled, only whole ones."""
     return DataLoader(
         Images(items, view, augment=train),
         batch_size=max(1, batch_size // arguments.devices),

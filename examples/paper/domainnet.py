@@ -28,7 +28,7 @@ AUTHORS = {
     "plain (authors)": dict(zip(("real", *SHIFTED), (79.43, 30.43, 41.24, 18.66, 42.36), strict=True)),
     "TPGM (authors)": dict(zip(("real", *SHIFTED), (82.41, 37.53, 45.71, 26.77, 46.07), strict=True)),
 }
-CAPTION = "Accuracy in %. (authors): their CLIP ResNet-50, as published with their code; the others: this run."
+CAPTION = "Accuracy in %. (authors): their CLIP ResNet-50, as published with their code. The others are of this run."
 MEAN, STD = (0.5964, 0.5712, 0.5336), (0.3228, 0.3165, 0.3374)  # of the real domain, as the authors normalise
 
 

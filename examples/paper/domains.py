@@ -21,7 +21,7 @@ IMAGENET = """DATA/
 
 @dataclass(frozen=True)
 class Domain:
-    """Images to test on; ``classes``: the only classes that occur, among which the answer is chosen. None: all."""
+    """Images to test on. ``classes`` are the only ones that occur, among which the answer is chosen. None: all."""
 
     name: str
     items: Sequence[Item]

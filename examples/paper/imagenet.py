@@ -43,7 +43,7 @@ AUTHORS = {
         "TPGM": (83.80, 75.27, 55.91, 76.87, 54.50),
     }.items()
 }
-CAPTION = "Accuracy in %. (authors): their CLIP ViT-B/16, as published with their code; the others: this run."
+CAPTION = "Accuracy in %. (authors): their CLIP ViT-B/16, as published with their code. The others are of this run."
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the authors normalise
 TEMPLATES = ("a photo of a {}.", "a drawing of a {}.", "a close look at a {}.", "a {} among other things.", "one {}.")
 

@@ -26,7 +26,7 @@ class View:
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Images with their labels; ``augment``: a random part of each, half of them mirrored.
+    """Images with their labels. ``augment``: a random part of each, half of them mirrored.
 
     Otherwise it is the square in the middle, with a margin as if a shorter side of 256 was cropped to 224.
     """

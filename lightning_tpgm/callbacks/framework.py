@@ -1,10 +1,10 @@
 """Lightning under both of its names, and what this package needs of its private parts.
 
-`lightning.pytorch` and `pytorch_lightning` are the same code twice, with classes that do not know each other. A
-project uses one of them, and this package goes along with the one that is imported when it is first imported itself;
-if none is, its classes derive from those of all that are installed. The other may be imported later, where a project
-uses one and a dependency of it the other: then its classes are joined as well. Everything that this package takes from
-Lightning comes through here, so this is also the one place to look at when Lightning changes.
+`lightning.pytorch` and `pytorch_lightning` are the same code twice, with classes that do not know each other. A project
+uses one of them. This package goes along with the one that is imported when it is first imported itself. If none is,
+its classes derive from those of all that are installed. The other may be imported later, where a project uses one and a
+dependency of it the other. Then its classes are joined as well. Everything that this package takes from Lightning comes
+through here, so this is also the one place to look at when Lightning changes.
 """
 
 from __future__ import annotations

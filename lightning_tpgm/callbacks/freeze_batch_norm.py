@@ -25,16 +25,16 @@ from lightning_tpgm.selection import clean_name
 class FreezeBatchNorm(Callback):
     """Keeps the running statistics of BatchNorm layers, and normalises by them in training batches, too.
 
-    They are buffers, so no bound on the weights reaches them: a few batches of new data overwrite what the pretraining
-    has seen. During the fit these layers are in eval mode; afterwards they are in their own again. Their weights and
+    They are buffers, so no bound on the weights reaches them. A few batches of new data overwrite what the pretraining
+    has seen. During the fit these layers are in eval mode. Afterwards they are in their own again. Their weights and
     biases are trained as before. Layers without statistics, and InstanceNorm, are left alone.
 
     Args:
-        patterns: fnmatch patterns over the names of modules, for instance ``["backbone.*"]``; ``"*"``: all BatchNorm
+        patterns: fnmatch patterns over the names of modules, for instance ``["backbone.*"]``. ``"*"``: all BatchNorm
             layers. Leave out new layers: they have no statistics yet.
 
     Raises:
-        MisconfigurationException: For an argument of another type; when the fit starts, if a pattern matches no
+        MisconfigurationException: For an argument of another type. When the fit starts, if a pattern matches no
             BatchNorm layer.
 
     >>> FreezeBatchNorm(["backbone.*"])

@@ -15,20 +15,20 @@ from lightning_tpgm.norms import Norm
 class FTPCallback(WithRadii, MethodCallback):
     """Learns radii as TPGM does, from the next training gradient: no held-out data, no extra forward or backward.
 
-    The first step snaps back to the anchor; from then on each gradient says how the step before it should have been
+    The first step snaps back to the anchor. From then on each gradient says how the step before it should have been
     projected. `lightning_tpgm.methods.FTP` has the rule. Beside the anchor the callback keeps the unprojected weights
     of the last step. A tensor that an optimizer step leaves out (it belongs to another optimizer, or has no gradient)
     is left out here too.
 
     Args:
-        k: Factor in [0, 1] on gradients that would shrink a radius; 1: strongest constraint, 0: radii never shrink by
-            gradient.
+        k: Factor in [0, 1] on gradients that would shrink a radius. 1 is the strongest constraint. At 0 radii never
+            shrink by gradient.
         radius_lr: As in `TPGMCallback`.
         norm: ``"mars"`` or ``"l2"``, as in `TPGMCallback`.
         shared: The arguments of all callbacks, by keyword.
 
     Raises:
-        MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
+        MisconfigurationException: For an argument out of its range. When the fit starts, with nothing left to constrain
             or with a fused optimizer under a gradient scaler (``precision="16-mixed"``).
 
     Source: Tian et al., "Fast Trainable Projection for Robust Fine-Tuning", NeurIPS 2023, arXiv 2310.19182.

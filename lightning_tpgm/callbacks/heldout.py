@@ -141,7 +141,7 @@ def held_out_batches(
     Args:
         trainer: Its strategy says which share of the data is this process's.
         pl_module: The module.
-        source: A loader, a function that returns one, the import path of either; None: see `default_loaders`.
+        source: A loader, a function that returns one, the import path of either. None: see `default_loaders`.
         state: What `HeldOutBatches.state_dict` gave, to go on from there.
         announce: Whether to say which data it uses.
 

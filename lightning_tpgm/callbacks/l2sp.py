@@ -20,8 +20,8 @@ class L2SPCallback(MethodCallback):
         shared: The arguments of all callbacks, by keyword.
 
     Raises:
-        MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
-            or with a fused optimizer under a gradient scaler (``precision="16-mixed"``); when an optimizer steps
+        MisconfigurationException: For an argument out of its range. When the fit starts, with nothing left to constrain
+            or with a fused optimizer under a gradient scaler (``precision="16-mixed"``). When an optimizer steps
             outside of Lightning's hooks.
 
     Source: Li et al., "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", ICML 2018.

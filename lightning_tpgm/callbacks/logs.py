@@ -21,12 +21,12 @@ class Logs:
 
     Names begin with the method's, ``tpgm/distance``. Of several callbacks of one method in a trainer the second writes
     ``tpgm_2/distance`` and so on, in the order of the trainer's list. The values of each tensor have groups of their
-    own, ``tpgm_radius/NAME``: under ``tpgm/`` they would hide the summary among them, and stores that make a folder of
-    each group could not have ``tpgm/distance/NAME`` beside ``tpgm/distance``.
+    own, ``tpgm_radius/NAME``. Under ``tpgm/`` they would hide the summary among them. Stores that make a folder of each
+    group could not have ``tpgm/distance/NAME`` beside ``tpgm/distance``.
 
     Args:
         kind: Of these names.
-        log: What goes to the loggers; ``"none"``: nothing, nor to the progress bar.
+        log: What goes to the loggers. ``"none"``: nothing, nor to the progress bar.
     """
 
     def __init__(self, kind: str, log: Log) -> None:

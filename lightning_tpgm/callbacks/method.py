@@ -54,7 +54,7 @@ class MethodCallback(PlainCopies, Callback):
 
     _KEY = ""  # what logged names begin with
     _METHOD: type[Any] = Method
-    _SHOWN: tuple[str, ...] = ()  # the arguments in `repr`; none: the method's own
+    _SHOWN: tuple[str, ...] = ()  # the arguments in `repr`, the method's own if there are none
 
     def __init__(
         self,

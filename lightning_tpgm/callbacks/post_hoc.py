@@ -56,15 +56,15 @@ def project_checkpoint(
     """Learn how far each tensor may be from its pretrained value, and write the projected fine-tuned checkpoint.
 
     The authors' recipe for CLIP on ImageNet, and the defaults here: a finished plain fine-tuning, the l2 norm, 200
-    radius updates. The file that is written equals ``finetuned`` but for the projected weights, so it is loaded as
-    before: a Lightning checkpoint keeps its hyperparameters, a state dict its names.
+    radius updates. The file that is written equals ``finetuned`` but for the projected weights. It is loaded as before:
+    a Lightning checkpoint keeps its hyperparameters, a state dict its names.
 
     Args:
         model: The module of both checkpoints; its weights do not matter. Afterwards it holds the projected ones.
         pretrained: Where the anchors come from, as in `TPGMCallback`.
         finetuned: A Lightning checkpoint, a state dict file, or a ``.safetensors`` file.
         dataloader: Held-out in-distribution data, as in `TPGMCallback`.
-        output: The file to write, with the suffix of ``finetuned``; None: beside it, ``model.ckpt`` becomes
+        output: The file to write, with the suffix of ``finetuned``. None: beside it, ``model.ckpt`` becomes
             ``model-projected.ckpt``.
         norm: ``"l2"`` or ``"mars"``.
         radius_lr: ``"auto"``: in all updates together a radius can move as far as its tensor is from its anchor. A
@@ -73,7 +73,7 @@ def project_checkpoint(
         exclude: fnmatch patterns over parameter names; those keep their fine-tuned value.
         loss: As in `TPGMCallback`.
         eval_mode: As in `TPGMCallback`; the modes are those that ``model`` comes in.
-        trainer: Its accelerator, devices, strategy and precision are used, and its progress bar; None: Lightning's
+        trainer: Its accelerator, devices, strategy and precision are used, and its progress bar. None: Lightning's
             automatic choice.
 
     Returns:
@@ -117,7 +117,7 @@ def project_checkpoint(
     if starts_functions(trainer):
         raise MisconfigurationException(
             "`trainer` should run in the process that calls it, found a strategy that starts its processes as functions"
-            " (ddp_spawn, ddp_notebook), which keep what they learned to themselves. Pass strategy='ddp'."
+            " (ddp_spawn, ddp_notebook). These keep what they learned to themselves. Pass strategy='ddp'."
         )
     validation = [()] if is_overridden("validation_step", model) else None  # without any, Lightning warns
     at_start = _AtStart(callback, finetuned)

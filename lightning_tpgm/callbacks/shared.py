@@ -29,19 +29,19 @@ class Shared(TypedDict, total=False):
         pretrained: Where the anchors come from: the path of a Lightning checkpoint or of a state dict (also
             ``.safetensors``), a mapping, or a module. None: the weights at the start of the fit. Parameters that it
             lacks, or has in another shape, are not constrained, and this is reported.
-        log: What goes to the trainer's loggers at its ``log_every_n_steps``. ``"summary"``: ``tpgm/distance`` (of all
-            tensors: the root of the sum of squares) and, for methods with radii, ``tpgm/mean_ratio`` and
-            ``tpgm/min_ratio`` (what the projection left of the deviation of a tensor's farthest row; 1: inside the
-            ball), ``tpgm/binding`` (the share of tensors whose constraint binds), ``tpgm/bound`` (in which share of its
-            steps a tensor was bound so far, as a mean) and ``tpgm/pinned`` (the share of tensors that were held at
-            their anchor nearly always). ``"all"``: also ``tpgm_radius/NAME``, ``tpgm_distance/NAME``,
+        log: What goes to the trainer's loggers at its ``log_every_n_steps``. ``"summary"``: ``tpgm/distance``, of all
+            tensors, as the root of the sum of squares. Methods with radii add five. ``tpgm/mean_ratio`` and
+            ``tpgm/min_ratio`` are what the projection left of the deviation of a tensor's farthest row, 1 inside the
+            ball. ``tpgm/binding`` is the share of tensors whose constraint binds. ``tpgm/bound`` is the share of its
+            steps in which a tensor was bound so far, as a mean. ``tpgm/pinned`` is the share of tensors that were held
+            at their anchor nearly always. ``"all"``: also ``tpgm_radius/NAME``, ``tpgm_distance/NAME``,
             ``tpgm_ratio/NAME`` and ``tpgm_bound/NAME`` of each tensor. ``"none"``: nothing, nor to the progress bar.
-        summary: Whether the fit ends with a printed table of what was wanted and what was allowed, and a verdict in up
-            to three sentences; needs rich.
+        summary: Whether the fit ends with a printed table of what was wanted and what was allowed, and a verdict. It
+            needs rich.
         anchor_device: ``"cpu"``: the anchors are kept in the host's memory, pinned, and come to the GPU block by block
             when they are needed. None: on the parameters' device.
         save_anchor: Whether checkpoints hold the anchors. False: they hold the path of the ``pretrained`` file and a
-            fingerprint of its tensors, and to resume reads the file and compares. If it has moved, pass its new place.
+            fingerprint of its tensors. To resume reads the file and compares. If it has moved, pass its new place.
             What acts at the end of the fit reads the file again then. It holds no anchors in memory before, and so
             records no distances.
     """

@@ -20,7 +20,7 @@ class SPDCallback(MethodCallback):
         shared: The arguments of all callbacks, by keyword.
 
     Raises:
-        MisconfigurationException: For an argument out of its range; when the fit starts, with nothing left to constrain
+        MisconfigurationException: For an argument out of its range. When the fit starts, with nothing left to constrain
             or with a fused optimizer under a gradient scaler (``precision="16-mixed"``).
 
     Source: Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024,

@@ -30,7 +30,7 @@ class Evaluation(NamedTuple):
 
 @contextmanager
 def explained(evaluation: Evaluation, gradient: bool = False) -> Iterator[None]:
-    """Errors become one with the likely causes and remedies, the original chained; those of Lightning pass through.
+    """Errors become one with the likely causes and remedies, the original chained. Those of Lightning pass through.
 
     Args:
         evaluation: What is done inside.
@@ -99,11 +99,12 @@ def _explanation(error: Exception, evaluation: Evaluation, gradient: bool) -> st
     what = f"gradient of the held-out loss of the {step}" if gradient else step
     mode = "eval mode" if evaluation.eval_mode else "the modes that the module trains in"
     differences = None if evaluation.trained_on is None else _differences(found, evaluation.trained_on)
-    causes = "; ".join(f"({i}) {cause}" for i, cause in enumerate(_causes(error, evaluation, gradient, differences), 1))
+    causes = enumerate(_causes(error, evaluation, gradient, differences), 1)
+    listed = "".join(f"\n({i}) {cause}." for i, cause in causes)
     return (
         f"The {what} failed on a held-out batch: {_said(error)}\n"
         f"It was evaluated in {mode}, to learn the radii, on a batch that is a {_shown(found)}."
-        f" {_compared(differences)}\nLikely causes, the likeliest first: {causes}."
+        f" {_compared(differences)}\nLikely causes, the likeliest first:{listed}"
     )
 
 
@@ -148,22 +149,22 @@ def _causes(error: Exception, evaluation: Evaluation, gradient: bool, difference
     """Causes with their remedies, the likeliest first."""
     step, eval_mode, *_ = evaluation
     batch = (
-        "held-out batches look different from those that it is written for: pass a `dataloader`, or define"
-        f" tpgm_dataloader(), with batches that look like them, or pass another `loss`: {_OTHER_LOSS}"
+        "held-out batches look different from those that it is written for. Pass a `dataloader`, or define"
+        f" tpgm_dataloader(), with batches that look like them. Or pass another `loss`: {_OTHER_LOSS}"
     )
     mode = (
         f"the {step} needs train mode, as in detectors, auxiliary heads and layers that refuse a backward pass in eval"
-        " mode: pass `eval_mode=False`"
+        " mode. Pass `eval_mode=False`"
     )
     validation = (
-        "what validation does is not made for a gradient (changes in place, numpy): pass another `loss`: None for the"
+        "what validation does is not made for a gradient (changes in place, numpy). Pass another `loss`: None for the"
         " training_step, or a callable (pl_module, batch) -> Tensor"
     )
     own = (
         f"the {step} needs what only the training loop gives it, or has a mistake of its own, which the error above"
-        f" shows: mend it, or pass another `loss`: {_OTHER_LOSS}"
+        f" shows. Mend it, or pass another `loss`: {_OTHER_LOSS}"
     )
-    memory = "the batch is too large for a backward pass here: pass a `dataloader` with smaller ones"
+    memory = "the batch is too large for a backward pass here. Pass a `dataloader` with smaller ones"
     if step == "validation_step":
         causes = [validation, batch, mode, own]
     elif step == "training_step":

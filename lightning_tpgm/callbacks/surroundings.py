@@ -115,8 +115,8 @@ def warn_of_random_anchors(pl_module: pl.LightningModule, title: str) -> None:
     evidence = never_trained(pl_module)
     if evidence:
         rank_zero_warn(
-            f"{title}: the anchors look like a random initialisation: {evidence}. Fine-tuning is kept"
-            " near them, so load the pretrained weights before the fit, or pass them as `pretrained`."
+            f"{title}: the anchors look like a random initialisation, since {evidence}. Fine-tuning is kept"
+            " near them. So load the pretrained weights before the fit, or pass them as `pretrained`."
         )
 
 

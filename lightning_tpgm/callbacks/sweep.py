@@ -85,7 +85,7 @@ class WiSEFTSweep:
         """Draw the metric over alpha, the best and the chosen alpha, and the band within the tolerance.
 
         Args:
-            ax: Matplotlib axes to draw into; None: a new figure.
+            ax: Matplotlib axes to draw into. None: a new figure.
 
         Returns:
             The matplotlib figure and axes.
@@ -169,9 +169,9 @@ class Search:
         error = standard_error(value, [(math.nan if v is None else float(v), size) for v, size in batches])
         if error is None:
             raise MisconfigurationException(
-                "`tolerance` = 'one_standard_error' needs a metric that is the mean of what validation_step logs, of"
-                f" hits or in at least two batches, found {self.monitor!r} = {value:.6g} from {len(batches)} logged"
-                " values. Log it in validation_step (a torchmetrics object by its `forward`), or give a number in the"
+                "`tolerance` = 'one_standard_error' needs a mean of validation_step's values, of hits or in at least"
+                f" two batches, found {self.monitor!r} = {value:.6g} from {len(batches)} logged values."
+                " Log it in validation_step (a torchmetrics object by its `forward`), or give a number in the"
                 " metric's unit."
             )
         return value, error
@@ -250,11 +250,11 @@ def wise_ft_sweep(
         The metric at each alpha, with `WiSEFTSweep.chosen_alpha`, `WiSEFTSweep.best_alpha` and `WiSEFTSweep.plot`.
 
     Raises:
-        MisconfigurationException: For an argument out of its range, a metric that validation does not log, one without
-            a standard error if that is asked for, or pretrained weights that do not fit.
+        MisconfigurationException: For an argument out of its range, or pretrained weights that do not fit. For a metric
+            that validation does not log, or that has no standard error if one is asked for.
 
-    Source: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, section 3; for the standard error
-        Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3.
+    Source: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, section 3. The standard error is that
+        of Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3.
     """
     with configuration_errors():
         search = Search(monitor, alphas, mode, tolerance)

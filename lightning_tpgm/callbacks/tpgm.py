@@ -39,17 +39,17 @@ class TPGMCallback(WithRadii, MethodCallback):
     The radii are learned by Adam on the module's own loss on held-out batches, at the projected weights.
 
     Args:
-        dataloader: Held-out data: a DataLoader (or any iterable of batches), a function that returns one, or an import
-            path of either, ``"my_project.data:held_out"``, resolved when the first batch is needed. None: a shuffled
-            loader of the callback's own over the ``tpgm_dataloader()`` of the datamodule or module if one is defined,
-            else over the validation data.
+        dataloader: Held-out data: a DataLoader (or any iterable of batches), or a function that returns one. Also an
+            import path of either, ``"my_project.data:held_out"``, resolved when the first batch is needed. None: a
+            shuffled loader of the callback's own over the ``tpgm_dataloader()`` of the datamodule or module if one is
+            defined, else over the validation data.
         radius_lr: ``"auto"``: each radius keeps pace with its tensor, at any learning rate, schedule and length of run
             (see `lightning_tpgm.methods.radii.Radii`). A number: Adam's learning rate for all radii. The authors used
             0.01 with ``every_n_steps=1``.
-        norm: ``"mars"`` (maximum absolute row sum; each row has its distance, all rows of a tensor share the radius) or
-            ``"l2"`` (Frobenius norm of the tensor).
+        norm: ``"mars"`` (maximum absolute row sum) or ``"l2"`` (Frobenius norm of the tensor). In mars each row has its
+            distance, and all rows of a tensor share the radius.
         radius_steps: Radius updates each time they are due.
-        every_n_steps: The radii are updated on every n-th optimizer step, the first included; weights are projected
+        every_n_steps: The radii are updated on every n-th optimizer step, the first included. Weights are projected
             after every one. An update costs about as much as a step of its own. Several optimizers are counted one by
             one, and each step acts on that optimizer's tensors.
         loss: None for the module's ``training_step`` (evaluated without leaving a trace), ``"validation_step"``, or a
@@ -64,15 +64,20 @@ class TPGMCallback(WithRadii, MethodCallback):
         shared: The arguments of all callbacks, by keyword. The logs also have ``tpgm/heldout_loss``.
 
     Raises:
-        MisconfigurationException: For an argument out of its range, in the constructor; when the fit is set up, for
-            manual optimization without ``loss``, without any held-out data, with nothing left to constrain, or with a
-            file that cannot be read.
+        MisconfigurationException: For an argument out of its range, in the constructor. When the fit is set up, for
+            manual optimization without ``loss``, and without any held-out data. Also with nothing left to constrain, or
+            with a file that cannot be read.
 
     Source: Tian et al., "Trainable Projected Gradient Method for Robust Fine-tuning", CVPR 2023, arXiv 2303.10720.
 
     >>> from lightning.pytorch import Trainer
     >>> callback = TPGMCallback(exclude=["head.*"])
-    >>> trainer = Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
+    >>> trainer = Trainer(
+    ...     callbacks=[callback],
+    ...     accelerator="cpu",
+    ...     logger=False,
+    ...     enable_checkpointing=False,
+    ... )
     >>> callback
     TPGMCallback(radius_lr='auto', norm='mars', radius_steps=1, every_n_steps=4, exclude=('head.*',))
     """
@@ -132,7 +137,7 @@ class TPGMCallback(WithRadii, MethodCallback):
         if self.dataloader is None and not has_default_loaders(trainer, pl_module):
             raise MisconfigurationException(
                 f"{type(self).__name__} found no held-out data to learn the radii from. Pass `dataloader`, or define"
-                " tpgm_dataloader() or val_dataloader() in the datamodule or the module."
+                " tpgm_dataloader() or val_dataloader() in the datamodule or the module. FTPCallback needs none."
             )
 
     @override

@@ -32,7 +32,7 @@ class WiSEFTCallback(MethodCallback):
     keep their fine-tuned value. At alpha = 0 the tensors are the pretrained ones, at alpha = 1 the fine-tuned, to the
     bit.
     Parameters without a pretrained value (a new head) keep their fine-tuned one. Checkpoints that were written during
-    the fit hold the fine-tuned weights; ``trainer.save_checkpoint`` after it saves the interpolated ones.
+    the fit hold the fine-tuned weights. ``trainer.save_checkpoint`` after it saves the interpolated ones.
 
     ``alpha="sweep"`` chooses alpha when the training ends, as `wise_ft_sweep` does after it: the validation runs once
     for each of ``alphas``. Listed after a `TPGMCallback`, it interpolates what that one has projected. Nothing of these
@@ -40,7 +40,7 @@ class WiSEFTCallback(MethodCallback):
     fit ``sweep`` holds what was measured, a `WiSEFTSweep`.
 
     Args:
-        alpha: In [0, 1], or ``"sweep"``. None: the fit changes nothing; afterwards `wise_ft_sweep` with
+        alpha: In [0, 1], or ``"sweep"``. None: the fit changes nothing. Afterwards `wise_ft_sweep` with
             `WiSEFTCallback.anchor` chooses alpha by a validation metric.
         monitor: With ``"sweep"``: a metric that the module's validation logs.
         mode: With ``"sweep"``, as in `wise_ft_sweep`.
@@ -49,8 +49,8 @@ class WiSEFTCallback(MethodCallback):
         shared: The arguments of all callbacks, by keyword.
 
     Raises:
-        MisconfigurationException: For an argument out of its range; when the fit starts, with nothing to interpolate or
-            no validation; after the first validation, if that does not log the metric.
+        MisconfigurationException: For an argument out of its range. When the fit starts, with nothing to interpolate or
+            no validation. After the first validation, if that does not log the metric.
 
     Source: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv 2109.01903.
 

@@ -37,9 +37,9 @@ class DiGraP(Method):
 
         dLoss(W_t) / domega_(t-1) = <g_t, dW_t / domega_(t-1)> = + lr <g_t, g_proj_(t-1)>
 
-    with g_proj_(t-1) replaced by 0 where there was no conflict, because W_t does not depend on omega then. omega grows
-    where the loss would have been lower, had the step gone out less far. As in the paper the inner product is
-    normalised: divided by ||g_t|| ||g_proj_(t-1)||.
+    Where there was no conflict g_proj_(t-1) is replaced by 0, because W_t does not depend on omega then. So omega
+    grows where the loss would have been lower, had the step gone out less far. As in the paper the inner product is
+    divided by ||g_t|| ||g_proj_(t-1)||.
 
     Args:
         omega_lr: mu, the Adam learning rate of omega.

@@ -32,8 +32,8 @@ class FTP(Method):
     that a step leaves out (it has no gradient) is left out here too.
 
     Args:
-        k: Factor in [0, 1] on gradients that would shrink a radius; 1: strongest constraint, 0: radii never shrink by
-            gradient.
+        k: Factor in [0, 1] on gradients that would shrink a radius. 1 is the strongest constraint. At 0 radii never
+            shrink by gradient.
         radius_lr: Adam learning rate of the radii (the authors': 0.01), or ``"auto"``, as in `TPGM`.
         norm: ``"mars"`` or ``"l2"``, as in `TPGM`.
 

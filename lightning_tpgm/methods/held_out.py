@@ -19,8 +19,8 @@ class HeldOut(Protocol):
         """The loss on the next batch at the present weights, and its gradient for each parameter.
 
         Returns:
-            A scalar tensor without graph, None for "skip this batch"; and a gradient of each parameter, None where the
-            loss does not depend on it.
+            A scalar tensor without graph, None for "skip this batch". And a gradient of each parameter, None where
+            the loss does not depend on it.
         """
 
     def mean(self, vector: Tensor) -> Tensor:

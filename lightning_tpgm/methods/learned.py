@@ -20,7 +20,7 @@ class LearnedScalars:
 
     The Adam update equals `torch.optim.Adam` (a test holds them together). It is written out for two reasons. Each
     scalar counts its own updates, since tensors may join during training. And a condition that lives on the device must
-    be able to skip an update: to read it back would stall a GPU on every step.
+    be able to skip an update. To read it back would stall a GPU on every step.
 
     Args:
         lr: Learning rate.
@@ -85,14 +85,14 @@ class LearnedScalars:
         self.value = torch.where(self.value.isnan() & where, value, self.value)
 
     def adam(self, grad: Tensor, where: Tensor, lr: Tensor | None = None) -> None:
-        """One Adam step on the scalars at which ``where`` is true; the others keep value and state to the bit.
+        """One Adam step on the scalars at which ``where`` is true. The others keep value and state to the bit.
 
         So do those whose gradient, or its square, is not finite: what enters here never leaves.
 
         Args:
             grad: The derivative of the loss, shape (T,).
             where: Booleans, shape (T,) or ().
-            lr: A rate for each scalar, shape (T,). Then a step is their share that the gradients agree on: the first
+            lr: A rate for each scalar, shape (T,). Then a step is their share that the gradients agree on. The first
                 moment is not corrected for its start at zero, and Adam's epsilon does not count.
 
         Source: Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorithm 1.

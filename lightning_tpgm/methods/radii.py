@@ -78,7 +78,7 @@ class Radii(LearnedScalars):
         return math.inf if self.keeps_pace else self.lr
 
     def rates(self, steps: float) -> Tensor | None:
-        """How far each radius may move in an update, for so many optimizer steps an update; None: Adam's rate."""
+        """How far each radius may move in an update, for so many optimizer steps an update. None: Adam's rate."""
         if not self.keeps_pace:
             return None
         mean = self.pace / -torch.expm1(self.followed * math.log(self.SMOOTHING))
@@ -125,7 +125,7 @@ class Radii(LearnedScalars):
         return torch.where(self._binds, ratio(self.value, self.reach), 1)
 
     def quantities(self, over_steps: bool = True) -> dict[str, Tensor]:
-        """What users see, see `lightning_tpgm.observing.reporting`; ``over_steps``: shares of the steps as well."""
+        """What users see, see `lightning_tpgm.observing.reporting`. With ``over_steps`` also shares of the steps."""
         found = {"radius": self.value, "distance": self.distance, "ratio": self._ratios, "binds": self._binds}
         found |= {"wanted": self.wanted, "allowed": self.allowed}
         if over_steps:

@@ -13,8 +13,8 @@ from lightning_tpgm.methods.method import Method, Step, check, is_number
 class SPD(Method):
     """Decays a tensor towards its pretrained value, only in steps whose gradient itself points back there.
 
-    With D the deviation from the anchor before (prev) and after (new) the optimizer's step and g the gradient that the
-    step used, per tensor, in the Frobenius norm::
+    D is the deviation from the anchor before (prev) and after (new) the optimizer's step. g is the gradient that the
+    step used. Per tensor, in the Frobenius norm::
 
         if <g, D_prev> > 0:   W := W_new - strength * rho * D_new
                               rho = clip((||D_new|| - ||D_prev||) / ||D_new||, 0, 1)

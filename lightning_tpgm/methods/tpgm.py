@@ -23,18 +23,18 @@ CADENCE = 4  # the default of `every_n_steps`
 class TPGM(Method):
     """After every step W := W0 + r (W - W0), r = clip(gamma / (n + 1e-8), 0, 1); gamma is learned on held-out data.
 
-    With G the gradient of the held-out loss at the projected weights, an update of a tensor's radius is a step of Adam
-    with dLoss/dgamma = the sum of <G_row, D_row> / (n_row + 1e-8) over the rows with 0 < gamma / (n_row + 1e-8) < 1.
+    An update of a tensor's radius is a step of Adam. G is the gradient of the held-out loss at the projected weights.
+    The derivative is a sum over the rows with 0 < gamma / (n_row + 1e-8) < 1::
+
+        dLoss / dgamma = sum of <G_row, D_row> / (n_row + 1e-8)
 
     Args:
-        radius_lr: Adam learning rate of the radii (the authors': 0.01, with ``every_n_steps=1``); ``"auto"``: each
+        radius_lr: Adam learning rate of the radii. The authors used 0.01 with ``every_n_steps=1``. ``"auto"``: each
             radius keeps pace with its tensor, see `lightning_tpgm.methods.radii.Radii`.
-        norm: ``"mars"`` (maximum absolute row sum; each row has its distance, all rows of a tensor share the radius) or
-            ``"l2"`` (Frobenius norm of the tensor).
+        norm: ``"mars"`` (maximum absolute row sum) or ``"l2"`` (Frobenius norm of the tensor), see `TPGMCallback`.
         radius_steps: Radius updates each time they are due.
-        every_n_steps: The radii are updated on every n-th step of each optimizer, the first included; weights are
-            projected after every one.
-        when: ``"training"``; or ``"fit_end"``: nothing after steps, and all ``radius_steps`` updates in `finish`.
+        every_n_steps: Radii are updated on every n-th step of each optimizer, the first included.
+        when: ``"training"``, or ``"fit_end"``: nothing after steps, and all ``radius_steps`` updates in `finish`.
 
     Attributes:
         held_out: Has to be set before the first step.
@@ -129,7 +129,7 @@ class TPGM(Method):
             raise ValueError("TPGM needs held-out data: a `held_out_loss` for `constrain`.")
         loss, grads = self.held_out(tensors.parameters)
         if loss is None and self.held_out.processes == 1:
-            # "skip this batch"; several processes must go on together: not a number skips it on all of them
+            # "skip this batch". Several processes must go on together, and not a number skips it on all of them
             return radii.value, torch.zeros_like(radii.value, dtype=torch.bool)
         parts = tensors.arrange([tensors.part(grad, i) for i, grad in enumerate(grads)])
         slope = radii.slope(tensors, parts, weights, rows)

@@ -32,7 +32,7 @@ def plot_alphas(
         chosen: The alpha that was chosen.
         tolerance: Values that are by less worse than the best could be chosen.
         better: 1 if large values are good, -1 if small ones are.
-        ax: Where to draw; None: a new figure.
+        ax: Where to draw. None: a new figure.
     """
     figure, ax = axes_for(ax, width=4.8, height=3.6)
     alphas, top = sorted(values), values[best]

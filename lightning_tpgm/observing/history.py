@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 class History:
     """Vectors of one number per tensor, recorded at evenly spaced steps.
 
-    When there are ``LIMIT`` records every second one is dropped, and from then on only every second step that would
-    have been recorded is: a long fit is kept at a coarser grain, in the same memory. Records stay on their device.
+    When there are ``LIMIT`` records every second one is dropped. From then on only every second step that would have
+    been recorded is. So a long fit is kept at a coarser grain, in the same memory. Records stay on their device.
     """
 
     LIMIT = 128
@@ -23,7 +23,7 @@ class History:
         self.count = 0  # steps seen
         self.stride = 1
         self.steps: list[int] = []  # of the records: how many steps there had been
-        self.values: dict[str, list[Tensor]] = {}  # by quantity; later vectors may be longer: tensors join
+        self.values: dict[str, list[Tensor]] = {}  # by quantity; later vectors may be longer, as tensors join
 
     def due(self, every: int = 1) -> bool:
         """Count a step, and say whether it should be recorded; ``every`` is the finest grain."""

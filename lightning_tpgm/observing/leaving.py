@@ -17,8 +17,8 @@ _version = attrgetter("_version")
 class Leaving:
     """Compares the distances of tensors with the largest radius that each had so far.
 
-    The largest, because averages of earlier weights, which other callbacks bring back when a fit ends, are inside that
-    ball, and not always inside the last one. What a look finds stays on the device until it is asked for.
+    Other callbacks bring back averages of earlier weights when a fit ends. These are inside the largest ball, and not
+    always inside the last one. What a look finds stays on the device until it is asked for.
     """
 
     EVERY = 50  # steps of an optimizer from one look to the next; the first is at its second step, and see `is_due`
@@ -90,7 +90,7 @@ class Leaving:
             worst = int((distances / radii).nan_to_num(nan=-1).argmax())
             yield (
                 f"{names[worst]!r} is outside of its ball, at a distance of {float(distances[worst]):.3g} with a radius"
-                f" of {float(radii[worst]):.3g} (1 of {count} such tensors): something changed it after the last"
+                f" of {float(radii[worst]):.3g} (1 of {count} such tensors). Something changed it after the last"
                 " projection. Pruning masks do, nn.Embedding(max_norm=...), clipping, momentum of a frozen layer, steps"
                 " of other optimizers, callbacks and hooks that write to weights. Let them write before the optimizer"
                 f" steps, or name the tensor in `exclude`: [{names[worst]!r}]."

@@ -67,7 +67,7 @@ def plot_layers(
         names: Of T tensors.
         quantities: See `lightning_tpgm.observing.reporting`, shape (T,) each.
         title: Of the figure.
-        ax: Where to draw; None: a new figure.
+        ax: Where to draw. None: a new figure.
     """
     sizes, shown = by_block(names, quantities, ROWS)
     figure, ax = axes_for(ax, width=7.5, height=_height(len(sizes)))
@@ -150,7 +150,7 @@ def plot_steps(
         values: Shape (R, T); what is not a number stays blank.
         title: Of the figure.
         quantity: What the values are.
-        ax: Where to draw; None: a new figure.
+        ax: Where to draw. None: a new figure.
     """
     by_step = [by_block(names, {quantity: row}, ROWS) for row in values]
     sizes = by_step[0][0]
@@ -211,5 +211,5 @@ def _scale(ax: Axes, values: Sequence[float]) -> float:
     low = max(min(positive), max(positive) / DECADES)
     margin = (max(positive) / low) ** 0.12
     ax.set_xscale("log")
-    ax.set_xlim(low / margin, max(positive) * margin)
+    ax.set_xlim(low / margin**1.8, max(positive) * margin)  # room for a word at the left
     return low

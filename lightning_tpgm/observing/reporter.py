@@ -24,8 +24,8 @@ Quantities = Mapping[str, Tensor]
 class Reporter:
     """Records the quantities of all constrained tensors, and shows them.
 
-    Quantities come by name, see `lightning_tpgm.observing.reporting`; empty ones mean that nothing is constrained now:
-    then the last ones of the fit are shown.
+    Quantities come by name, see `lightning_tpgm.observing.reporting`. Empty ones mean that nothing is constrained now.
+    Then the last ones of the fit are shown.
 
     Args:
         title: The method's name.

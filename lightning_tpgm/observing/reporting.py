@@ -5,7 +5,7 @@ Quantities are vectors of shape (T,) for T constrained tensors:
 - ``distance``: of each from its anchor;
 - ``omega`` (DiGraP);
 - ``radius``;
-- ``ratio``: what the last projection left of the deviation of the farthest row, 1: inside the ball;
+- ``ratio``: what the last projection left of the deviation of the farthest row, 1 inside the ball;
 - ``binds``: whether that was less than all;
 - ``wanted``, ``allowed``: the distance before and after a projection, as a mean over the tensor's steps;
 - ``bound``: in which share of its steps a projection changed it;

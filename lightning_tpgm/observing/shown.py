@@ -50,11 +50,12 @@ class Shown:
         - ``binds``: whether that was less than all;
         - ``wanted``, ``allowed``: the distance before and after a projection, as a mean over the tensor's steps;
         - ``bound``: the share of its steps in which a projection changed it;
-        - ``pinned``: the share of its steps in which one left less than a tenth: the tensor was held at its anchor.
+        - ``pinned``: the share of its steps in which one left less than a tenth, so that the tensor was held at its
+          anchor.
 
-        After the fact (``when="fit_end"``, `project_checkpoint`) there is one projection: ``wanted`` is the distance
-        before it, ``allowed`` the one after it, and there are no shares of steps.
-        ``pandas.DataFrame(callback.report())`` makes a table of it.
+        After the fact (``when="fit_end"``, `project_checkpoint`) there is one projection. ``wanted`` is the distance
+        before it, ``allowed`` the one after it. There are no shares of steps. ``pandas.DataFrame(callback.report())``
+        makes a table of it.
 
         With parameters split over processes (FSDP2, tensor parallel) every process must call it.
         """
@@ -65,10 +66,10 @@ class Shown:
 
         Args:
             over: ``"layers"``: what was wanted and what was allowed of each tensor, and in which share of its steps it
-                was bound, from the input's side of the network to the output's. ``"steps"``: a heat map of one
-                quantity, tensors by optimizer steps. More than 40 tensors are shown by block.
+                was bound. The network's input is at the top. ``"steps"``: a heat map of one quantity, tensors by
+                optimizer steps. More than 40 tensors are shown by block.
             quantity: What the heat map shows, a key of `report`: ``"ratio"`` shows when the constraint held.
-            ax: Matplotlib axes to draw into; None: a new figure.
+            ax: Matplotlib axes to draw into. None: a new figure.
 
         Returns:
             The matplotlib figure and axes.
@@ -80,7 +81,7 @@ class Shown:
         return self.reporter.plot(self.anchors.joined, self.quantities(), over, quantity, ax)
 
     def explain(self) -> str:
-        """The verdict in up to three sentences: which part was held, for how much of the run, what that suggests.
+        """The verdict: which part of the network was held, for how much of the run, and what that suggests.
 
         With parameters split over processes every process must call it.
         """

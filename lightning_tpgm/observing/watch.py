@@ -66,7 +66,7 @@ class Watch:
                 "floor",
                 f"For {step - self._at_floor_since} optimizer steps all {len(radius)} radii have been at their floor of"
                 f" {MIN_RADIUS:g}: the weights stay where they were pretrained. Each step of the optimizer goes where"
-                " the loss that the radii learn from is higher: lower the learning rate, and check that the held-out"
+                " the loss that the radii learn from is higher. Lower the learning rate, and check that the held-out"
                 " data are like the training data.",
             )
         if not bool(binds.all()):
@@ -80,7 +80,7 @@ class Watch:
                 yield (
                     "bound",
                     f"For {step - since} of {run:g} optimizer steps all {len(radius)} constraints have been at their"
-                    " bound, while the radii grew about as fast as they can: `radius_lr` sets how far the weights get,"
-                    " not the data. Use `radius_lr` = 'auto', or raise it.",
+                    " bound, while the radii grew about as fast as they can. So `radius_lr` sets how far the weights"
+                    " get, not the data. Use `radius_lr` = 'auto', or raise it.",
                 )
             self._at_bound_since = step, radius.clone()  # judge the next stretch by itself
