@@ -475,7 +475,7 @@ def test_no_validation_loader_in_the_collection(loaders: Any, limit_val_batches:
 @pytest.mark.parametrize(
     "given",
     [[None], {"a": Blobs().val_dataloader(), "b": None}, CombinedLoader([None], "max_size"), 3, [[], 0.5]],
-    ids=str,
+    ids=["list", "dict", "combined", "number", "numbers"],
 )
 def test_collection_with_what_is_no_loader(given: Any, tmp_path: Path) -> None:
     """Lightning says so itself where it validates."""

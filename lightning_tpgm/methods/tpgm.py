@@ -33,7 +33,7 @@ class TPGM(Method):
             radius keeps pace with its tensor, see `lightning_tpgm.methods.radii.Radii`.
         norm: ``"mars"`` (maximum absolute row sum) or ``"l2"`` (Frobenius norm of the tensor), see `TPGMCallback`.
         radius_steps: Radius updates each time they are due.
-        every_n_steps: Radii are updated on every n-th step of each optimizer, the first included.
+        every_n_steps: Radii are updated on every n-th step of each optimizer, the first included. Weights: on all.
         when: ``"training"``, or ``"fit_end"``: nothing after steps, and all ``radius_steps`` updates in `finish`.
 
     Attributes:
