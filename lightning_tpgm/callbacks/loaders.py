@@ -31,8 +31,11 @@ def has_default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> b
     Raises:
         MisconfigurationException: If the method that gives them cannot be called without arguments.
     """
-    owner, name = _default_source(trainer, pl_module)
-    if name == "tpgm_dataloader" and not callable(owner.tpgm_dataloader):
+    source, owner, name = validation_source(trainer), _has_own(trainer, pl_module), "tpgm_dataloader"
+    defined = owner is not None or source.is_defined()
+    if owner is None:
+        owner, name = source.instance, "val_dataloader"
+    elif not callable(owner.tpgm_dataloader):
         kind = type(owner.tpgm_dataloader).__name__
         raise MisconfigurationException(
             f"{_title(owner, name)} should be a method that returns a loader, found an attribute of type {kind}."
@@ -43,7 +46,7 @@ def has_default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> b
             f"{_title(owner, name)} should be called without arguments, found that it needs {missing}. Give these"
             " defaults, or pass `dataloader`."
         )
-    return name == "tpgm_dataloader" or validation_source(trainer).is_defined()
+    return defined
 
 
 def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[list[Iterable[Any]], str]:
@@ -55,17 +58,18 @@ def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
     Raises:
         MisconfigurationException: If there is none, or one that cannot be iterated.
     """
-    owner, name = _default_source(trainer, pl_module)
-    title = _title(owner, name)
-    if name == "tpgm_dataloader":
+    owner = _has_own(trainer, pl_module)
+    if owner is not None:
+        title = _title(owner, "tpgm_dataloader")
         own = _checked(flat(owner.tpgm_dataloader()), title)
         again = [
             Anew(partial(_one_of, owner.tpgm_dataloader, i)) if ends_for_good(one) else one for i, one in enumerate(own)
         ]
         return again, title
-    loaders = trainer.val_dataloaders
+    loaders, title = trainer.val_dataloaders, "`val_dataloaders`"
     if loaders is None:  # validation is switched off
-        loaders = validation_source(trainer).dataloader()
+        source = validation_source(trainer)
+        loaders, title = source.dataloader(), _title(source.instance, "val_dataloader")
     elif isinstance(loaders, Mapping | Sequence):
         loaders = validation_loader(trainer)  # the same, with its mode
     found = [] if loaders is None else flat(loaders)
@@ -86,12 +90,10 @@ def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
     return found, described
 
 
-def _default_source(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Any, str]:
-    """The object whose method gives the loaders, and the method's name; or else the validation loaders themselves."""
-    for owner in (getattr(trainer, "datamodule", None), pl_module):
-        if getattr(owner, "tpgm_dataloader", None) is not None:
-            return owner, "tpgm_dataloader"
-    return validation_source(trainer).instance, "val_dataloader"
+def _has_own(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+    """The datamodule or module that defines ``tpgm_dataloader()``, if one does."""
+    owners = getattr(trainer, "datamodule", None), pl_module
+    return next((owner for owner in owners if getattr(owner, "tpgm_dataloader", None) is not None), None)
 
 
 def _one_of(method: Callable[[], Any], index: int) -> Any:
