@@ -129,9 +129,9 @@ def parts(loader: Any) -> list[Any]:
 def own_loader(loader: Any, depth: int = 2) -> Any:
     """A loader that nobody else begins anew while it is in use.
 
-    There is one iterator of a CombinedLoader, of a loader that is its own iterator, and of a DataLoader whose workers
-    persist; validation uses the same loaders. Workers do not persist here: the state of their random generators would
-    be lost on resume. A wrapper is copied, with its loaders' copies as attributes.
+    Validation uses the same loaders. There is only one iterator of a CombinedLoader, of a loader that is its own
+    iterator, and of a DataLoader whose workers persist. Workers do not persist here: the state of their random
+    generators would be lost on resume. A wrapper is copied, with its loaders' copies as attributes.
 
     Args:
         loader: Any iterable of batches.

@@ -47,8 +47,7 @@ class Leaving:
         """Count a step of an optimizer, and say whether to look before its weights move.
 
         To look costs a pass over weights and anchors, so it is due now and then. It is due at once where somebody has
-        written to a tensor since the last step, as far as torch counts that: it does not count what is done to
-        ``.data`` in place.
+        written to a tensor since the last step. Torch counts that, but for what is done to ``.data`` in place.
         """
         steps = self._steps.get(index, 0)
         self._steps[index] = steps + 1
