@@ -134,7 +134,7 @@ class WrittenOut(griffe.Extension):
         """Rewrite all signatures. Give callbacks the docstrings that they take over when they are imported."""
         self._package = pkg
         for name in ("report", "plot", "explain"):
-            pkg["callbacks.method.MethodCallback"][name].docstring = pkg["observing.shown.Shown"][name].docstring
+            pkg["callbacks.asked.Asked"][name].docstring = pkg["observing.shown.Shown"][name].docstring
         self._visit(pkg)
 
     def _visit(self, of: griffe.Module | griffe.Class) -> None:

@@ -56,8 +56,7 @@ class Layout:
         self.tensor_of_row = self.on_device(owners, torch.long)
         self._tensors = self.on_device([index for group in self._groups for index in group.indices], torch.long)
         self._sizes = [group.rows for group in self._groups]
-        halves = [group.roundoff for group in self._groups for _ in range(group.rows)]
-        self.roundoff = self.on_device(halves, self.dtype)
+        self.roundoff = self.on_device([g.roundoff for g in self._groups for _ in range(g.rows)], self.dtype)
 
     def rows_of(self, indices: Sequence[int]) -> Tensor:
         """Where the rows of these tensors are in the long vector, in the order of the indices."""
@@ -200,11 +199,7 @@ class Layout:
         """The sum over each tensor's rows, shape (..., T) from (..., rows)."""
         # not by `index_add`: on a GPU its order changes, and processes would differ in the last digits
         parts = zip(self._groups, rows.split(self._sizes, dim=-1), strict=True)  # type: ignore[no-untyped-call]
-        each = [
-            part if group.rows_each == 1 else part.unflatten(-1, (len(group.indices), group.rows_each)).sum(dim=-1)
-            for group, part in parts
-        ]
-        sums = torch.cat(each, dim=-1)
+        sums = torch.cat([group.total(part) for group, part in parts], dim=-1)
         return torch.empty_like(sums).index_copy(-1, self._tensors, sums)
 
     def scalar(self) -> Tensor:
@@ -257,6 +252,10 @@ class _Group:
         else:
             rows = max(1, block // max(1, self._length))
             self.blocks = [(slice(i, i + rows), slice(None)) for i in range(0, max(1, self.rows), rows)]
+
+    def total(self, rows: Tensor) -> Tensor:
+        each = len(self.indices), self.rows_each
+        return rows if self.rows_each == 1 else rows.unflatten(-1, each).sum(dim=-1)  # type: ignore[no-untyped-call]
 
     def is_missing(self, tensors: Sequence[Tensor | None]) -> bool:
         return all(tensors[index] is None for index in self.indices)

@@ -42,7 +42,7 @@ FLOORS = (
     ("methods",),
     ("steps",),
     ("observing",),
-    ("references", "constraint", "plain"),
+    ("references", "attached", "constraint", "plain"),
     ("callbacks",),
     ("__main__",),
 )

@@ -251,7 +251,7 @@ def test_options_are_the_callbacks(name: str, caplog: pytest.LogCaptureFixture) 
     options: dict[str, Any] = {"exclude": ["hidden.*"], "pretrained": pretrained, "anchor_device": "cpu"}
     module, callback = toy(), callback_of(case, **options)
     trainer = fitted(callback, module)
-    with caplog.at_level("INFO", logger="lightning_tpgm.constraint"):
+    with caplog.at_level("INFO", logger="lightning_tpgm"):
         loop = Loop(case, **options)
     title = type(loop.constraint.method).__name__
     assert f"{title}: `pretrained` lacks, not constrained: head.weight, head.bias." in caplog.messages

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tpgm.anchors import AnchorDevice
+from lightning_tpgm.callbacks.asked import Asked
 from lightning_tpgm.callbacks.copies import PlainCopies
 from lightning_tpgm.callbacks.framework import (
     Callback,
@@ -37,15 +38,13 @@ from lightning_tpgm.callbacks.surroundings import (
 )
 from lightning_tpgm.constraint import Constraint
 from lightning_tpgm.methods.method import Method, Step
-from lightning_tpgm.observing.reporter import Over, Quantity
-from lightning_tpgm.observing.reporting import Row
 from lightning_tpgm.pretrained import Pretrained, path_of, read_pretrained
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import reshard
 from lightning_tpgm.steps import Steps
 
 
-class MethodCallback(PlainCopies, Callback):
+class MethodCallback(Asked, PlainCopies, Callback):
     """Lets a method act on a module while a `Trainer` fits it.
 
     The arguments are those of `lightning_tpgm.callbacks.shared.Shared`; callbacks add their own. Nothing is read from
@@ -104,25 +103,6 @@ class MethodCallback(PlainCopies, Callback):
         """One line with the arguments that shape the method."""
         shown = self._SHOWN or (*inspect.signature(self._METHOD).parameters, "exclude")
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
-
-    # ---- what users ask for
-
-    @property
-    def anchor(self) -> dict[str, Tensor]:
-        """The pretrained value of each constrained parameter, by name; empty before the first fit."""
-        return self._constraint.anchor
-
-    def report(self) -> list[Row]:  # noqa: D102
-        return self._constraint.report()
-
-    def plot(self, over: Over = "layers", quantity: Quantity = "distance", ax: Any = None) -> tuple[Any, Any]:  # noqa: D102
-        return self._constraint.plot(over, quantity, ax)
-
-    def explain(self) -> str:  # noqa: D102
-        return self._constraint.explain()
-
-    report.__doc__, plot.__doc__ = Constraint.report.__doc__, Constraint.plot.__doc__
-    explain.__doc__ = Constraint.explain.__doc__
 
     # ---- Lightning's hooks
 
