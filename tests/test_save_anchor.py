@@ -14,8 +14,10 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_tpgm import FTPCallback, TPGMCallback, WiSEFTCallback, constrain
+from lightning_tpgm import FTPCallback, TPGMCallback, WiSEFTCallback, constrain, references
+from lightning_tpgm.callbacks import method
 from lightning_tpgm.methods import FTP
+from lightning_tpgm.pretrained import read_pretrained
 from lightning_tpgm.references import fingerprint
 from properties import assert_same
 from test_resume import EPOCHS, by_save_checkpoint, resumable
@@ -243,6 +245,22 @@ def test_anchors_that_stay_in_the_file_give_the_same_end(make: Any, second: bool
     assert_same(found[1], found[0])
 
 
+@pytest.mark.parametrize("make", AT_END.values(), ids=AT_END)
+def test_what_acts_at_the_end_reads_the_file_twice(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the fit and at its end, whenever logs are due."""
+    read: list[Any] = []
+
+    def reading(path: Any) -> Any:
+        read.append(path)
+        return read_pretrained(path)
+
+    for module in (method, references):
+        monkeypatch.setattr(module, "read_pretrained", reading)
+    callback = make(pretrained=pretrained_file(tmp_path), save_anchor=False)
+    quiet_trainer(callback, log_every_n_steps=1).fit(resumable(0))
+    assert len(read) == 2
+
+
 def test_anchors_that_stay_in_the_file_can_be_asked_for(tmp_path: Path) -> None:
     """In mid-run, of a copy from there, and after an exception."""
     file, seen = pretrained_file(tmp_path), []
@@ -271,3 +289,29 @@ def test_a_file_that_changes_before_the_end_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match="has changed since"):
         quiet_trainer(WiSEFTCallback(pretrained=file, save_anchor=False), Change()).fit(resumable(0))
+
+
+@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+def test_a_file_that_changes_between_two_fits_is_an_error(make: Any, tmp_path: Path) -> None:
+    """What the checkpoints of the second one name would be other anchors than those of the first."""
+    file, module = pretrained_file(tmp_path), resumable(0)
+    trainer = quiet_trainer(make(pretrained=file, save_anchor=False), max_epochs=1)
+    trainer.fit(module)
+    change(file)
+    trainer.fit_loop.max_epochs = 2
+    with pytest.raises(MisconfigurationException, match=r"^The anchors are in '.*has changed since"):
+        trainer.fit(module)
+
+
+def test_a_state_of_waiting_layers_alone_names_the_file(tmp_path: Path) -> None:
+    """They thaw around what is in it."""
+    file, module = pretrained_file(tmp_path), resumable(0).requires_grad_(False)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    constraint = constrain(module, FTP(), optimizer, pretrained=file, save_anchor=False)
+    state = constraint.state_dict()
+    assert state["anchor"] == {}
+    constraint.load_state_dict(state)
+    module.requires_grad_(True)
+    constraint.join()
+    assert_same(constraint.anchor, {name: toy(5).state_dict()[name] for name in constraint.anchor})
+    assert "head.weight" in constraint.anchor
