@@ -214,7 +214,7 @@ def test_all_radii_at_their_floor() -> None:
     callback = TPGMCallback(loss=opposite, exclude=["backbone.*"])
     (text,) = warned(callback, partial(torch.optim.SGD, lr=1e-3), batches=1)
     assert "all 7 radii have been at their floor of 1e-08" in text
-    assert "lower the learning rate" in text
+    assert "Lower the learning rate" in text
 
 
 def test_every_constraint_binds_while_radii_grow_as_fast_as_they_can() -> None:
