@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import itertools
 import os
@@ -789,6 +790,58 @@ def test_loaders_that_validation_shares(given: bool, kind: str, tmp_path: Path) 
     second, _, resumed = run(4, tmp_path / "half.ckpt")
     assert_same(first + second, drawn)
     assert_same(resumed, weights)
+
+
+class Slots:
+    """Is its own iterator, and has no ``__dict__``."""
+
+    __slots__ = ("batches", "loader")
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    __iter__, __next__ = ItsOwnIterator.__iter__, ItsOwnIterator.__next__
+
+
+class Endless:
+    """Its one iterator is begun before the fit, and whenever it has ended."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.batches = loader, iter(loader)
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self.batches, None)
+        if batch is None:
+            self.batches = iter(self.loader)
+        return next(self.batches) if batch is None else batch
+
+
+def beside(other: Any) -> Any:
+    wrapper: Any = Wrapper(DataLoader(blobs(16), 8))
+    wrapper.other = other
+    return wrapper
+
+
+@forks
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Slots(DataLoader(blobs(16), 8)),
+        lambda: Endless(DataLoader(blobs(16), 8, num_workers=1)),
+        lambda: beside(row for row in "ab"),
+        lambda: beside(iter(["a", "b"])),
+        lambda: beside(csv.reader(["a,b"])),
+    ],
+    ids=["slots", "iterator with workers", "generator", "iterator of a list", "made in C"],
+)
+def test_iterators_that_no_copy_can_be_made_of(make: Any, tmp_path: Path) -> None:
+    """What a wrapper holds stays what it is, whatever that is."""
+    callback = TPGMCallback(make(), every_n_steps=1)
+    fit(tmp_path, Classifier(), callback)
+    assert callback.radii
 
 
 def test_own_loader_is_a_copy_only_where_it_must_be() -> None:

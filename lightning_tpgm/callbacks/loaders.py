@@ -144,15 +144,21 @@ def own_loader(loader: Any, depth: int = 2) -> Any:
             loader = copy.copy(loader)
             vars(loader).update(_iterator=None, persistent_workers=False)
         return loader
-    # not by `copy`, which asks an object without attributes, of which some wrappers' __getattr__ makes no end
-    if not depth or not isinstance(loader, Iterable) or type(loader).__new__ is not object.__new__:
+    if not depth or not isinstance(loader, Iterable) or ends_for_good(loader) or not _has_only_attributes(type(loader)):
         return loader
-    found: dict[str, Any] = getattr(loader, "__dict__", {})
+    # not by `copy`, which asks an object without attributes, of which some wrappers' __getattr__ makes no end
+    found = vars(loader)
     own = {name: _own_attribute(value, depth - 1) for name, value in found.items()}
     if any(own[name] is not found[name] for name in found) or isinstance(loader, Iterator):
         loader = object.__new__(type(loader))
         vars(loader).update(own)
     return loader
+
+
+def _has_only_attributes(kind: Any) -> bool:
+    """Whether nothing of its objects is outside of their ``__dict__``, as it is with slots and in C."""
+    slots: bool = any(vars(base).get("__slots__") for base in kind.__mro__)
+    return kind.__new__ is object.__new__ and kind.__dictoffset__ != 0 and not slots
 
 
 def _own_attribute(value: Any, depth: int) -> Any:
