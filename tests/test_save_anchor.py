@@ -14,8 +14,10 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_tpgm import FTPCallback, TPGMCallback, WiSEFTCallback, constrain
+from lightning_tpgm import FTPCallback, TPGMCallback, WiSEFTCallback, constrain, references
+from lightning_tpgm.callbacks import method
 from lightning_tpgm.methods import FTP
+from lightning_tpgm.pretrained import read_pretrained
 from lightning_tpgm.references import fingerprint
 from properties import assert_same
 from test_resume import EPOCHS, by_save_checkpoint, resumable
@@ -241,6 +243,22 @@ def test_anchors_that_stay_in_the_file_give_the_same_end(make: Any, second: bool
             trainer.fit(module)
         found.append({"weights": module.state_dict(), "anchor": callback.anchor, "copied": deepcopy(callback).anchor})
     assert_same(found[1], found[0])
+
+
+@pytest.mark.parametrize("make", AT_END.values(), ids=AT_END)
+def test_what_acts_at_the_end_reads_the_file_twice(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the fit and at its end, whenever logs are due."""
+    read: list[Any] = []
+
+    def reading(path: Any) -> Any:
+        read.append(path)
+        return read_pretrained(path)
+
+    for module in (method, references):
+        monkeypatch.setattr(module, "read_pretrained", reading)
+    callback = make(pretrained=pretrained_file(tmp_path), save_anchor=False)
+    quiet_trainer(callback, log_every_n_steps=1).fit(resumable(0))
+    assert len(read) == 2
 
 
 def test_anchors_that_stay_in_the_file_can_be_asked_for(tmp_path: Path) -> None:

@@ -197,7 +197,8 @@ class MethodCallback(PlainCopies, Callback):
         if not logs_are_due(trainer):
             return
         quantities = self._constraint.quantities()
-        self._logs.due(trainer, pl_module, self._constraint.reporter, self.anchor, quantities)
+        anchors = self._constraint.anchors.joined  # `anchor` would read a file where they stay in it
+        self._logs.due(trainer, pl_module, self._constraint.reporter, anchors, quantities)
         for trouble in self._constraint.troubles(quantities):
             rank_zero_warn(trouble)
 
