@@ -109,6 +109,7 @@ class Constraint(Shown):
     def go_on(self, model: nn.Module, candidates: Tensors, pretrained: Tensors | None = None) -> None:
         """Go on with the same model after `release`."""
         if self._file is not None and pretrained is not None:  # the model may have got new parameters
+            self._file.check(pretrained)
             self._file = AnchorFile.of(Path(self._file.path), pretrained, candidates)
         self.anchors.in_file = self._can_wait_for(candidates)
         self.anchors.go_on(candidates, pretrained, self._report)

@@ -43,6 +43,21 @@ class AnchorFile:
         sources = match_names(pretrained, parameters, lambda text: None) if parameters else {}
         return cls(str(path.resolve()), fingerprint(pretrained, sources), sources)
 
+    def check(self, tensors: Mapping[str, Tensor], path: str | None = None) -> None:
+        """Raise a ValueError if what was read now is not what was read then.
+
+        Args:
+            tensors: What was read.
+            path: Where from. None: from where the file was.
+        """
+        missing = sorted(set(self.sources.values()) - set(tensors))
+        if missing or fingerprint(tensors, self.sources) != self.fingerprint:
+            raise ValueError(
+                f"The anchors are in {path or self.path!r} (`save_anchor` = False), and that file has changed"
+                f" since{f': it lacks {missing[0]!r}' if missing else ''}. Pass the file that the first run started"
+                " from as `pretrained`."
+            )
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
         return {"path": self.path, "fingerprint": self.fingerprint, "sources": dict(self.sources)}
@@ -100,13 +115,7 @@ def put_back(
             f"The anchors are in {where!r} (`save_anchor` = False), and there is no such file. Pass the file's new"
             " place as `pretrained`."
         ) from error
-    missing = sorted(set(file.sources.values()) - set(tensors))
-    if missing or fingerprint(tensors, file.sources) != file.fingerprint:
-        raise ValueError(
-            f"The checkpoint has its anchors in {where!r} (`save_anchor` = False), and that file has changed"
-            f" since{f': it lacks {missing[0]!r}' if missing else ''}. Pass the file that the first run started from as"
-            " `pretrained`."
-        )
+    file.check(tensors, where)
     values = {place: {**state[place], **_values(state[place], file, tensors)} for place in _PLACES}
     return {**{key: value for key, value in state.items() if key != "file"}, **values}
 

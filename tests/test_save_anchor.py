@@ -289,3 +289,15 @@ def test_a_file_that_changes_before_the_end_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match="has changed since"):
         quiet_trainer(WiSEFTCallback(pretrained=file, save_anchor=False), Change()).fit(resumable(0))
+
+
+@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+def test_a_file_that_changes_between_two_fits_is_an_error(make: Any, tmp_path: Path) -> None:
+    """What the checkpoints of the second one name would be other anchors than those of the first."""
+    file, module = pretrained_file(tmp_path), resumable(0)
+    trainer = quiet_trainer(make(pretrained=file, save_anchor=False), max_epochs=1)
+    trainer.fit(module)
+    change(file)
+    trainer.fit_loop.max_epochs = 2
+    with pytest.raises(MisconfigurationException, match=r"^The anchors are in '.*has changed since"):
+        trainer.fit(module)
