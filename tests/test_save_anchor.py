@@ -301,3 +301,17 @@ def test_a_file_that_changes_between_two_fits_is_an_error(make: Any, tmp_path: P
     trainer.fit_loop.max_epochs = 2
     with pytest.raises(MisconfigurationException, match=r"^The anchors are in '.*has changed since"):
         trainer.fit(module)
+
+
+def test_a_state_of_waiting_layers_alone_names_the_file(tmp_path: Path) -> None:
+    """They thaw around what is in it."""
+    file, module = pretrained_file(tmp_path), resumable(0).requires_grad_(False)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    constraint = constrain(module, FTP(), optimizer, pretrained=file, save_anchor=False)
+    state = constraint.state_dict()
+    assert state["anchor"] == {}
+    constraint.load_state_dict(state)
+    module.requires_grad_(True)
+    constraint.join()
+    assert_same(constraint.anchor, {name: toy(5).state_dict()[name] for name in constraint.anchor})
+    assert "head.weight" in constraint.anchor
