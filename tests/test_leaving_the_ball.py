@@ -113,6 +113,22 @@ def test_writes_inside_the_ball_are_no_alarm() -> None:
     assert said(TPGMCallback(), At("on_train_batch_end", write)) == []
 
 
+@pytest.mark.parametrize("write", [lambda module: None, in_place], ids=["nothing", "mask"])
+@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+def test_looks_are_few(make: Any, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cost a pass over memory: two at the start, one at the end, and none for what the steps write or was said."""
+    looks: list[Any] = []
+    look = Leaving.look
+
+    def counted(leaving: Leaving, *args: Any) -> None:
+        looks.append(leaving)
+        look(leaving, *args)
+
+    monkeypatch.setattr(Leaving, "look", counted)
+    said(make(), At("on_train_batch_end", write))
+    assert len(looks) == 3
+
+
 def test_a_mask_between_steps_is_said_before_the_fit_ends() -> None:
     """And where the logs are due, not later."""
     seen: list[int] = []
