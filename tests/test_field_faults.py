@@ -228,6 +228,14 @@ def test_wrapper_of_an_optimizer_in_a_plain_loop(wrap: Any) -> None:
     assert constraint.state_dict()["method"]["radii"]["step"].any()
 
 
+def test_wrapper_that_holds_what_its_wrapper_holds() -> None:
+    linear = nn.Linear(2, 2)
+    inner = torch.optim.SGD(linear.parameters(), lr=0.1)
+    optimizer = Delegates(Forwards(inner))
+    optimizer.innermost = inner  # type: ignore[attr-defined]
+    assert constrain(linear, SPD(), optimizer).steps.optimizers == [inner]
+
+
 def test_wrapper_of_two_optimizers_is_refused_by_name() -> None:
     linear = nn.Linear(2, 2)
     optimizer = Delegates(torch.optim.SGD(linear.parameters(), lr=0.1))
