@@ -106,11 +106,16 @@ class Attached(Shown):
         self._tell(f"{self.title}: {text}")
 
     @torch.no_grad()
-    def retake(self, buffers: bool = False) -> None:
-        """Take fresh anchors anew, right before the first step: weights may have been loaded since `begin`."""
+    def retake(self, buffers: bool = False, settled: bool = False) -> None:
+        """Take fresh anchors anew, before the first step: weights may have been loaded since `begin`.
+
+        Args:
+            buffers: Whether those of buffers as well.
+            settled: Whether nobody can load any more. A closure that is called again may be at other weights.
+        """
         if not self.anchors.settled:
             self.anchors.retake(buffers)
-            self.anchors.settled = not buffers  # a closure that is called again may be at other weights
+            self.anchors.settled = settled
             self._arrange()
 
     def join(self) -> bool:
@@ -165,11 +170,12 @@ class Attached(Shown):
         self._arrange()
         self.load(state)
         self.join()
+        self.anchors.own()
 
     def recall(self, state: Mapping[str, Any]) -> None:
         """Know what `state_dict` gave, and be at work on no model."""
         self.anchors.load_state_dict(put_back(state))
-        self._file = named(state)
+        self._file = None if self._save_anchor else named(state)
         self.load(state)
 
     def load(self, state: Mapping[str, Any]) -> None:

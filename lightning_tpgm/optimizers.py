@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -18,13 +18,19 @@ def has_hooks(optimizer: object) -> bool:
     return "_optimizer_step_pre_hooks" in _attributes(optimizer)
 
 
-def unwrapped(optimizer: Any) -> Any:
-    """What has hooks on its steps: the optimizer itself, or the one that it wraps; the optimizer if nothing has."""
+def unwrapped(optimizer: Any, around: Sequence[object] = ()) -> Any:
+    """What has hooks on its steps: the optimizer itself, or the one that it wraps; the optimizer if nothing has.
+
+    Args:
+        optimizer: A wrapper or not.
+        around: The wrappers around it, which it may know.
+    """
     if any(base.__name__ in ("LightningOptimizer", "_FabricOptimizer") for base in type(optimizer).__mro__):
         return unwrapped(optimizer.optimizer)
-    held = _held_by(optimizer)
+    around = [optimizer, *around]
+    held = [one for one in _held_by(optimizer) if not any(one is outer for outer in around)]
     outermost = [one for one in held if not any(one is inner for other in held for inner in _nest(other)[1:])]
-    return optimizer if has_hooks(optimizer) or len(outermost) != 1 else unwrapped(outermost[0])
+    return optimizer if has_hooks(optimizer) or len(outermost) != 1 else unwrapped(outermost[0], around)
 
 
 def _nest(optimizer: object) -> list[Any]:

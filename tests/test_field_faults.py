@@ -67,6 +67,25 @@ def test_weights_loaded_in_the_modules_own_hooks_are_the_anchors(hook: str, how:
     assert_late_weights_are_the_anchors(hook, how, TPGMCallback)
 
 
+def test_weights_loaded_before_the_step_of_a_bare_optimizer_are_the_anchors() -> None:
+    """Lightning announces no such step."""
+
+    class Manual(Toy):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            if self.trainer.global_step == 0 and batch_idx == 0:
+                load(self)
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.loss(batch).backward()
+            optimizer.step()
+
+    callback, start = TPGMCallback(loss="validation_step"), toy(5).state_dict()
+    fit(Manual(), callback)
+    assert_same(callback.anchor, {name: start[name] for name in callback.anchor})
+
+
 def assert_late_weights_are_the_anchors(hook: str, how: Any, make: Any) -> None:
     """The module's hooks run after those of callbacks."""
 
@@ -244,6 +263,19 @@ def test_wrapper_of_two_optimizers_is_refused_by_name() -> None:
         constrain(linear, SPD(), optimizer)
 
 
+def test_wrapper_that_holds_itself_is_refused_by_name() -> None:
+    class Knows:
+        def __init__(self, parameters: Any) -> None:
+            self.param_groups, self.me = [{"params": [*parameters]}], [self]
+
+        def step(self) -> None:
+            pass
+
+    linear = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"^Knows has no hooks on its step"):
+        constrain(linear, SPD(), Knows(linear.parameters()))  # type: ignore[arg-type]
+
+
 class Around(torch.optim.Optimizer):
     """A wrapper with hooks of its own that hides the modes of what it wraps."""
 
@@ -292,6 +324,23 @@ def test_one_gradient_that_is_not_finite_does_not_stay(value: float) -> None:
         optimizer.step()
         assert all(radius == radius for radius in constraint.radii.values())
         assert_inside_ball(linear, start, constraint.radii, "mars")
+
+
+def test_a_step_that_is_undone_does_not_stay_in_what_is_shown() -> None:
+    """Guards against steps that are not finite put the earlier weights back."""
+    linear = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    constraint = constrain(linear, FTP(), optimizer)
+    for step in range(4):
+        kept = {name: value.clone() for name, value in linear.state_dict().items()}
+        optimizer.zero_grad()
+        (linear(torch.ones(4, 3)).square().mean() * (torch.nan if step == 1 else 1)).backward()
+        optimizer.step()
+        if step == 1:
+            linear.load_state_dict(kept)
+    for row in constraint.report():
+        assert row["wanted"] == row["wanted"]
+        assert row["allowed"] == row["allowed"]
     vectors = constraint.state_dict()["method"]["radii"]
     assert all(vectors[name].isfinite().all() for name in ("value", "exp_avg", "exp_avg_sq"))
 

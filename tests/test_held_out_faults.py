@@ -346,6 +346,21 @@ def test_recurrent_layers_alone_are_in_train_mode_without_dropout(tmp_path: Path
     assert all(part.training for part in module.modules())
 
 
+def test_recurrent_layers_with_dropout_of_their_own_are_in_eval_mode(tmp_path: Path) -> None:
+    """On a CPU: there is no cuDNN that would refuse."""
+
+    class Drops(nn.LSTM):
+        def forward(self, *args: Any) -> Any:
+            modes.append(self.training)
+            return super().forward(*args)
+
+    modes: list[bool] = []
+    module = Recurrent(strict=False)
+    module.rnn = Drops(module.rnn.input_size, module.rnn.hidden_size, batch_first=True)
+    fit(tmp_path, module, TPGMCallback(every_n_steps=1))
+    assert modes == [True, False] * 4
+
+
 def test_recurrent_layers_give_the_values_of_eval_mode(tmp_path: Path) -> None:
     def eval_mode_loss(pl_module: Recurrent, batch: Any) -> Tensor:
         pl_module.rnn.eval()

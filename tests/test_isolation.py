@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
@@ -377,6 +378,52 @@ def test_sparse_tensors_are_trained_with(layout: str, make: Any, tmp_path: Path)
     module = Graph()
     trainer_in(tmp_path, callbacks=[make()]).fit(module, Blobs())
     assert torch.equal(module.adjacency.to_dense(), torch.eye(8))
+
+
+@pytest.mark.parametrize("view", [lambda z: z.conj(), lambda z: z.conj().imag], ids=["conjugate", "negative"])
+@pytest.mark.parametrize("size", [8, 20_000])
+def test_buffers_that_are_conjugated_when_they_are_read(
+    view: Callable[[Tensor], Tensor], size: int, tmp_path: Path
+) -> None:
+    class Spectral(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("spectrum", view(torch.arange(size) * (1 + 2j)))
+
+        def loss(self, batch: Any) -> Tensor:
+            if not self.training:
+                self.spectrum.mul_(2)
+            return super().loss(batch)
+
+    module, expected = Spectral(), view(torch.arange(size) * (1 + 2j))
+    trainer_in(tmp_path, callbacks=[TPGMCallback()], limit_val_batches=0).fit(module, Blobs())
+    assert torch.equal(module.spectrum, expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: partial(f), lambda f: [partial(partial(f), by=1)]])
+def test_objects_behind_bound_methods_are_put_back(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+    class Average:
+        def __init__(self) -> None:
+            self.updates, self.value = 0, torch.zeros(3)
+
+        def update(self, by: int = 1) -> None:
+            self.updates += by
+            self.value += by
+
+    class Averages(Classifier):
+        def __init__(self, average: Average) -> None:
+            super().__init__()
+            self.up = wrap(average.update)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            (self.up[0] if isinstance(self.up, list) else self.up)()
+            return self.loss(batch)
+
+    average = Average()
+    trainer = trainer_in(tmp_path, callbacks=[TPGMCallback(every_n_steps=1)])
+    trainer.fit(Averages(average), Blobs())
+    assert average.updates == trainer.global_step
+    assert torch.equal(average.value, torch.full((3,), float(trainer.global_step)))
 
 
 def test_should_stop_is_put_back(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -469,9 +470,13 @@ def test_project_checkpoint_never_writes_over_the_pretrained_file(folder: Path, 
     assert (tmp_path / "pretrained.pt").read_bytes() == before
 
 
-def test_project_checkpoint_into_something_that_is_a_folder(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"^`output` should be a file, found"):
-        project(folder, tmp_path, finetuned=folder / "finetuned.ckpt", pretrained="nowhere.pt")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are named pipes on POSIX only")
+def test_project_checkpoint_into_something_that_is_no_file(folder: Path, tmp_path: Path) -> None:
+    """A renamed file would take a device's place."""
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    for output in (tmp_path, tmp_path / "pipe.ckpt"):
+        with pytest.raises(MisconfigurationException, match=r"^`output` should be a file, found"):
+            project(folder, output, finetuned=folder / "finetuned.ckpt", pretrained="nowhere.pt")
 
 
 def test_project_checkpoint_replaces_what_a_link_leads_to(folder: Path, tmp_path: Path) -> None:

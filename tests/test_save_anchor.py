@@ -217,12 +217,16 @@ class Wide(Toy):
 
 
 @pytest.mark.parametrize("make", AT_END.values(), ids=AT_END)
-def test_what_acts_at_the_end_needs_no_memory_until_then(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_acts_at_the_end_needs_no_memory_until_then(make: Any, frozen: bool, tmp_path: Path) -> None:
+    """Nor do layers that are frozen at other values than the file's."""
     torch.save(Wide().state_dict(), tmp_path / "pretrained.pt")
     found = []
     for callback in ([], [make(pretrained=tmp_path / "pretrained.pt", save_anchor=False)]):
         held = Held()
-        quiet_trainer(*callback, held).fit(Wide(), train_loader(), val_loader())
+        module = Wide()
+        module.wide.requires_grad_(not frozen)
+        quiet_trainer(*callback, held).fit(module, train_loader(), val_loader())
         found.append(held.bytes)
     plain, added = found[0], found[1] - found[0]
     assert plain > 4_000_000

@@ -164,7 +164,7 @@ def test_where_all_names_begin_alike_it_says_how_they_go_on(depth: int) -> None:
     for _ in range(depth):
         module = nn.ModuleDict({"model": module})
     start = r"model\." * depth
-    with pytest.raises(ValueError, match=rf"begin with {start}backbone \(8\), {start}classifier \(2\)\. Patterns are compared"):
+    with pytest.raises(ValueError, match=rf"begin with {start}backbone \(8\), {start}classifier \(2\)\. Patterns "):
         constrainable(module, ["zzz"])
 
 

@@ -18,6 +18,7 @@ from lightning_tpgm.callbacks.framework import (
     rank_zero_info,
     uses_distributed_sampler,
 )
+from lightning_tpgm.callbacks.generators import put_back
 from lightning_tpgm.callbacks.loaders import (
     default_loaders,
     is_combined,
@@ -45,9 +46,9 @@ class HeldOutBatches:
     Iterators are made when the first batch is drawn and again whenever a pass ends. It ends with the iterator, or with
     the loader's length if that is shorter, as in Lightning's own loops. Every draw seeds the global generators of
     torch, numpy and python with ``seed`` + number of draws. So a shuffling loader or a random transform depends on
-    ``seed`` alone, and a resumed run draws what an uninterrupted one would have drawn. Generators that a loader or its
-    sampler brings along are seeded likewise, and put back after the draw. Call `draw` where the states of the global
-    ones are isolated. A batch that is None is passed over, as in Lightning's training.
+    ``seed`` alone, and a resumed run draws what an uninterrupted one would have drawn. Generators that a loader, its
+    sampler or its data set brings along are seeded likewise, and put back after the draw. Call `draw` where the states
+    of the global ones are isolated. A batch that is None is passed over, as in Lightning's training.
 
     Not covered are random transforms in workers that persist: their generators go on from pass to pass.
 
@@ -167,23 +168,9 @@ def held_out_batches(
 
 @contextmanager
 def _seeded(seed: int, loaders: list[Iterable[Any]]) -> Iterator[None]:
-    """The global generators are seeded, and until exit also those that loaders and samplers bring along."""
+    """The global generators are seeded, and until exit also those that hang on loaders, samplers and data sets."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    owners = [owner for loader in loaders for part in parts(loader) for owner in _with_samplers(part)]
-    found = [getattr(owner, "generator", None) for owner in owners]
-    generators = {id(generator): generator for generator in found if isinstance(generator, torch.Generator)}
-    states = [(generator, generator.get_state()) for generator in generators.values()]
-    try:
-        for generator, _ in states:
-            generator.manual_seed(seed)
+    with put_back([part for loader in loaders for part in parts(loader)], seed):
         yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
-
-
-def _with_samplers(loader: Any) -> list[Any]:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    return [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_tpgm.callbacks.evaluation import HeldOutLoss, Loss
 from lightning_tpgm.callbacks.framework import CombinedLoader, pl, validation_loader
+from lightning_tpgm.callbacks.generators import put_back
 from lightning_tpgm.callbacks.heldout import HeldOutBatches, held_out_batches
 from lightning_tpgm.callbacks.isolation import Isolation
 from lightning_tpgm.callbacks.overlap import warn_of_shared_examples
@@ -37,14 +38,14 @@ class HeldOutGradient:
         self._origin: CombinedLoader | int | None = (
             None  # the trainer's when batches were last drawn, or how many before
         )
-        self._recurrent: list[nn.RNNBase] = []  # parts of the module
+        self._recurrent: list[Any] = []  # parts of the module
         self._announced = False  # in this fit, which data they are
         self._state: dict[str, int] = {}  # where the batches are, or will begin
 
     def attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A fit begins. In a fresh one the order of the data is settled now; its loader is made when it is needed."""
         self._fit, self._announced = (trainer, pl_module), False
-        self._recurrent = [module for module in pl_module.modules() if isinstance(module, nn.RNNBase)]
+        self._recurrent = [module for module in pl_module.modules() if _needs_train_mode(module)]
         if not self._state:
             seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
             self._state = {"seed": seed, "drawn": 0, "passes": 0, "position": 0}
@@ -70,7 +71,8 @@ class HeldOutGradient:
             raise RuntimeError("The held-out loss can be evaluated during a fit only.")
         trainer, pl_module = self._fit
         eval_mode = self._loss.eval_mode
-        with self._isolation.no_trace(trainer, pl_module, parameters, eval_mode):
+        transfers = put_back([getattr(trainer, "datamodule", None)])  # its hooks may draw
+        with transfers, self._isolation.no_trace(trainer, pl_module, parameters, eval_mode):
             for recurrent in self._recurrent if eval_mode else ():
                 if not recurrent.training:
                     recurrent.training, recurrent.dropout = True, 0.0  # the same values; cuDNN can go back through it
@@ -111,3 +113,9 @@ class HeldOutGradient:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position."""
         self._state, self._batches = dict(state), None
+
+
+def _needs_train_mode(module: nn.Module) -> bool:
+    """Whether cuDNN would refuse to go back through it in eval mode. Subclasses may drop out by themselves."""
+    usual = type(module) in (nn.RNN, nn.LSTM, nn.GRU)
+    return usual or (isinstance(module, nn.RNNBase) and any(weight.is_cuda for weight in module.parameters()))

@@ -36,7 +36,8 @@ class Isolation:
     Not put back are
 
     - what the step does to the outside world: files, printed text, its own threads;
-    - what is opaque: objects of the standard library that are no containers, arrays in files, sparse tensors;
+    - what is opaque: objects of the standard library that are no containers, arrays in files, sparse tensors, what a
+      function encloses, attributes of classes;
     - containers of more than a thousand entries: only what is appended is taken off again;
     - large arrays that the first evaluation left alone, and large tensors that are written to through numpy.
     """

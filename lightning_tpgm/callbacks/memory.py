@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import weakref
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, suppress
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from operator import is_
 from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tpgm.callbacks.framework import classes
+from lightning_tpgm.callbacks.generators import snapshot
 from lightning_tpgm.callbacks.opaque import FOREIGN, holds_what_waits, is_iterator, is_of_the_system, ships_with_python
 from lightning_tpgm.callbacks.weights import SMALL
 
@@ -27,7 +27,7 @@ MANY = 1_000  # entries of a container: of more only those that are appended are
 _SHORT = 16
 _ENOUGH = 10_000  # entries of all containers of one attribute
 _OPAQUE = (
-    *(Tensor, type, ModuleType, FunctionType, MethodType),
+    *(Tensor, type, ModuleType, FunctionType),
     *(torch.utils.data.Dataset, torch.utils.data.DataLoader),
 )
 _MISSING = object()
@@ -69,7 +69,7 @@ class Memory:
         self.iterators: list[Iterator[Any]] = []
         self._opaque = (*_OPAQUE, *(found for name in lightning for found in classes(name)))
         self._known = known
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._short: list[tuple[list[Any], list[Any]]] = []  # lists, and what they held
         self._seen: dict[int, Any] = {}
         self._left = _ENOUGH
@@ -105,6 +105,8 @@ class Memory:
     def _keep(self, value: Any) -> Collection[Any]:
         """Remember a value without its parts, and give these."""
         kind: Any = type(value)
+        if (undo := snapshot(value)) is not None:
+            self._undo.append(undo)
         if isinstance(value, Tensor):
             self.tensors[id(value)] = value
         elif isinstance(value, nn.Module):  # one that is no submodule
@@ -113,12 +115,10 @@ class Memory:
             return self._keep_array(value)
         elif isinstance(value, bytearray | array):
             self._keep_bytes(value)
-        elif isinstance(value, torch.Generator):
-            self._later(value.set_state, value.get_state())
-        elif isinstance(value, np.random.Generator):
-            self._later(lambda state: setattr(value.bit_generator, "state", state), value.bit_generator.state)
-        elif isinstance(value, np.random.RandomState):
-            self._later(value.set_state, value.get_state())
+        elif isinstance(value, MethodType):
+            return (value.__self__,)
+        elif isinstance(value, partial):
+            return (value.func, *value.args, *value.keywords.values())
         elif is_iterator(kind):
             self.iterators.append(value)
         elif not isinstance(value, self._opaque) and not is_of_the_system(kind):
@@ -127,9 +127,7 @@ class Memory:
 
     def _keep_parts(self, value: Any) -> Collection[Any]:
         parts: Collection[Any] = ()
-        if isinstance(value, random.Random):
-            self._later(value.setstate, value.getstate())
-        elif isinstance(value, dict | list | deque | set | tuple):  # other mappings may do more than hold
+        if isinstance(value, dict | list | deque | set | tuple):  # other mappings may do more than hold
             self._left -= 10 + len(value)
             if len(value) > MANY or self._left < 0:
                 self._keep_length(value)

@@ -137,6 +137,7 @@ class MethodCallback(Asked, PlainCopies, Callback):
             check_others(module.trainer, self)
 
     def _before_step(self, step: Step) -> None:
+        self._constraint.retake()  # Lightning's hook does not announce a step of the bare optimizer
         self._join()
         self._constraint.before(step)
 
@@ -163,7 +164,7 @@ class MethodCallback(Asked, PlainCopies, Callback):
     ) -> None:
         """Changes the gradients, if the method does: they are unscaled and not clipped yet."""
         self._announced = optimizer
-        self._constraint.retake()  # the module's own hooks and its step run later than this callback
+        self._constraint.retake(settled=True)  # the module's own hooks and its step run later than this callback
         step = self._constraint.steps.step_of(optimizer)
         if step is not None:  # one that was replaced since the batch began is followed no more
             with configuration_errors():

@@ -132,7 +132,7 @@ def project_checkpoint(
 def check_output(output: Path, pretrained: Pretrained) -> None:
     """Raise a ValueError if nothing can or should be written there."""
     check(output.parent.is_dir(), "output", "in an existing folder", str(output))
-    check(not output.is_dir(), "output", "a file", str(output))
+    check(output.is_file() or not output.exists(), "output", "a file", str(output))
     writable = os.access(output.parent, os.W_OK) and (not output.exists() or os.access(output, os.W_OK))
     check(writable, "output", "a file that may be written, in such a folder", str(output))
     path = path_of(pretrained)

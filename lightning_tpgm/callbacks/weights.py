@@ -98,14 +98,15 @@ class _Group:
         self._aliases = [tensor.data for tensor in self._plain]  # the same memory
         self._pointers = list(map(_pointer, self._plain))  # to it
         alike: dict[Any, list[Tensor]] = {}  # a GPU copies those of one type at once
+        views = [tensor for tensor in self._plain if tensor.is_conj() or tensor.is_neg()]  # not among many at once
         for tensor in self._plain:
-            if tensor.numel() <= SMALL:
+            if tensor.numel() <= SMALL and not any(tensor is view for view in views):
                 alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         self.small = list(map(_SmallCopies, alike.values()))
-        large = [tensor for tensor in self._plain if tensor.numel() > SMALL]
+        large = [t for t in self._plain if t.numel() > SMALL and not any(t is view for view in views)]
         self.watched = large if can_watch else []
         composed = [t for t in usable if _is_composed(t) and not isinstance(t, nn.Parameter)]
-        self.others = composed if can_watch else [*composed, *large]
+        self.others = [*composed, *views, *([] if can_watch else large)]
 
     def is_elsewhere(self) -> bool:
         """Whether one has other memory than it had."""

@@ -114,7 +114,7 @@ class Radii(LearnedScalars):
         self.pinned = self.pinned + (bound & (self._ratios < self.PINNED))
         for name, now in (("wanted", self.reach), ("allowed", self.distance)):
             mean = getattr(self, name)
-            setattr(self, name, torch.where(moved, mean + (now - mean) / self.projections, mean))
+            setattr(self, name, torch.where(moved & now.isfinite(), mean + (now - mean) / self.projections, mean))
 
     @property
     def _binds(self) -> Tensor:

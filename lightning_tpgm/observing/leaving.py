@@ -30,6 +30,7 @@ class Leaving:
         self._found: Tensor | None = None  # distance and radius of those outside, shape (2, T); nan for all others
         self._said = False
         self._marks: list[int] = []  # of the tensors after the last step
+        self._written = False  # between the last two steps
 
     def note(self, quantities: Mapping[str, Tensor]) -> None:
         """These are the radii now; the first tensors are those of before, others have joined."""
@@ -47,11 +48,13 @@ class Leaving:
         """Count a step of an optimizer, and say whether to look before its weights move.
 
         To look costs a pass over weights and anchors, so it is due now and then. It is due at once where somebody has
-        written to a tensor since the last step. Torch counts that, but for what is done to ``.data`` in place.
+        written to a tensor since the last step, but not before each. Torch counts that, but for what is done to
+        ``.data`` in place.
         """
         steps = self._steps.get(index, 0)
         self._steps[index] = steps + 1
-        return not self._said and (steps % self.EVERY == 1 or self._marks != _marks(tensors))
+        before, self._written = self._written, self._marks != _marks(tensors)
+        return not self._said and (steps % self.EVERY == 1 or (self._written and not before))
 
     def stepped(self, tensors: Constrained) -> None:
         """What is written to the tensors from now on does not come of the step."""
