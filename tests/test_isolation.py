@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
@@ -582,6 +583,17 @@ def test_an_attribute_that_is_costly_is_named_once(monkeypatch: pytest.MonkeyPat
         evaluate(module, lambda: None, times=6)
     texts = [str(warning.message) for warning in found]
     assert sum("replay_buffer" in text and "Bare" in text for text in texts) == 1
+
+
+def test_many_attributes_that_are_costly_together_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr("lightning_tpgm.callbacks.isolation.perf_counter", lambda: next(clock) * 4e-3)
+    module = Bare()
+    for name in ("first", "second", "third", "fourth"):
+        setattr(module, name, {"a": [name]})
+    with pytest.warns(UserWarning, match=r"takes \d+ ms .* The most costly of \d+ attributes: .*\(4\.0 ms\)") as found:
+        evaluate(module, lambda: None, times=6)
+    assert len([warning for warning in found if "most costly" in str(warning.message)]) == 1
 
 
 def test_submodules_that_come_between_evaluations_are_seen() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from operator import itemgetter
 from time import perf_counter
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_tpgm.callbacks.weights import Weights, without_subclass
 
 __all__ = ["Isolation", "isolated_generators", "no_trace", "without_subclass"]
 
-_COSTLY = 5e-3  # seconds
+_COSTLY = 1e-2  # seconds
 
 
 class Isolation:
@@ -51,7 +52,7 @@ class Isolation:
         self._fixed: list[Tensor] = []
         self._settled: set[int] = set()
         self._advancing: set[str] = set()  # attributes that were named
-        self._costly: dict[int, int] = {}  # how many times in a row, by the value's id
+        self._costly, self._said = 0, False  # evaluations in a row that took long, and whether that was said
         self._evaluations = 0
 
     @contextmanager
@@ -102,12 +103,15 @@ class Isolation:
         memory = Memory(self._arrays)
         stack.callback(memory.restore)
         found, sources = [(structure, values)], []
+        spent: list[tuple[float, Any, Structure]] = []
         loose: dict[int, Tensor] = {}
         for structure, values in found:  # grows by modules that are hidden in attributes
             stack.enter_context(structure.unchanged(values))
-            for value in [value for value in values if type(value) not in ATOMS]:
-                if not memory.keep_plain(value):
-                    self._keep_value(value, memory, structure, stack)
+            spent += [
+                (self._keep_value(value, memory, structure, stack), value, structure)
+                for value in values
+                if type(value) not in ATOMS and not memory.keep_plain(value)
+            ]
             for key in [*memory.hidden]:
                 hidden = memory.hidden.pop(key)
                 if not any(key in known.ids for known, _ in found):
@@ -115,6 +119,7 @@ class Isolation:
             fixed, buffers = structure.tensors()
             sources.append(fixed)
             loose.update((id(tensor), tensor) for tensor in buffers)
+        self._say_of_costs(spent)
         structures = [structure for structure, _ in found]
         if len(self._structures) > len(structures):  # of modules that are gone
             self._structures = {k: known for k, known in self._structures.items() if known[1] in structures}
@@ -144,22 +149,30 @@ class Isolation:
         self._structures[id(module)] = module, structure
         return structure, structure.values()
 
-    def _keep_value(self, value: Any, memory: Memory, structure: Structure, stack: ExitStack) -> None:
+    def _keep_value(self, value: Any, memory: Memory, structure: Structure, stack: ExitStack) -> float:
+        """Remember a value; the seconds that it took."""
         start = perf_counter()
         memory.keep(value)
         seconds = perf_counter() - start
         while memory.iterators:
             self._say_of_iterator(memory.iterators.pop(), structure.owner_of(value), stack)
-        if seconds < _COSTLY:
-            self._costly.pop(id(value), None)
-        elif self._evaluations:  # the first one finds out what changes
-            times = self._costly[id(value)] = self._costly.get(id(value), 0) + 1
-            if times == 3:  # it is not the machine that was busy
-                rank_zero_warn(
-                    f"Each evaluation of the held-out loss takes {seconds * 1e3:.0f} ms to remember"
-                    f" {structure.owner_of(value)}, which the step may change. Keep it outside of the module, or"
-                    " evaluate less often (`every_n_steps`)."
-                )
+        return seconds
+
+    def _say_of_costs(self, spent: list[tuple[float, Any, Structure]]) -> None:
+        """Say once what takes long to remember, alone or together; the first evaluation finds out what changes."""
+        total = sum(seconds for seconds, _, _ in spent)
+        self._costly = self._costly + 1 if self._evaluations and total > _COSTLY else 0
+        if self._costly == 3 and not self._said:  # it is not the machine that was busy
+            self._said = True
+            most = sorted(spent, key=itemgetter(0), reverse=True)[:3]
+            named = ", ".join(
+                f"{structure.owner_of(value)} ({seconds * 1e3:.1f} ms)" for seconds, value, structure in most
+            )
+            rank_zero_warn(
+                f"Each evaluation of the held-out loss takes {total * 1e3:.0f} ms to remember what the step may change."
+                f" The most costly of {len(spent)} attributes: {named}. Keep them outside of the module, or evaluate"
+                " less often (`every_n_steps`)."
+            )
 
     def _say_of_iterator(self, iterator: Iterator[Any], owner: str, stack: ExitStack) -> None:
         """Say once of an attribute that the step advances an iterator, or that it may."""
