@@ -427,6 +427,26 @@ def test_objects_behind_bound_methods_are_put_back(wrap: Callable[[Any], Any], t
     assert torch.equal(average.value, torch.full((3,), float(trainer.global_step)))
 
 
+def test_containers_that_do_more_than_hold_are_not_asked() -> None:
+    class Lazy(dict[str, Any]):
+        def values(self) -> Any:
+            raise RuntimeError("loads from a disk")
+
+    class Loads(list[Any]):
+        def __iter__(self) -> Any:
+            raise RuntimeError("loads from a disk")
+
+    module = Bare()
+    module.lazy, module.loads = Lazy(a=[1]), Loads([[1]])
+
+    def change() -> None:
+        module.lazy["a"].append(2)
+        module.loads[0].append(2)
+
+    evaluate(module, change)
+    assert module.lazy["a"] == module.loads[0] == [1]
+
+
 def test_should_stop_is_put_back(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
     with no_trace(trainer, Bare()):

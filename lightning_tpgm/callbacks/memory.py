@@ -133,10 +133,9 @@ class Memory:
                 self._keep_length(value)
             elif isinstance(value, dict):
                 self._keep_mapping(value)
-                parts = value.values()
+                parts = dict.values(value)  # a subclass may do more than give them
             else:
-                self._keep_items(value)
-                parts = () if isinstance(value, set) else value
+                parts = self._keep_items(value)
         if type(value).__module__.partition(".")[0] not in FOREIGN:
             parts = [*parts, *self._keep_attributes(value)]
         return () if ATOMS.issuperset(map(type, parts)) else parts
@@ -207,11 +206,12 @@ class Memory:
 
         self._undo.append(undo)
 
-    def _keep_items(self, value: Any) -> None:
+    def _keep_items(self, value: Any) -> Collection[Any]:
+        """Remember a container that is no mapping; what is in it, if that may change."""
         base: Any = next(kind for kind in (list, deque, set, tuple) if isinstance(value, kind))
+        kept = list(base.__iter__(value))  # a subclass may do more than give them
         if base is tuple:
-            return
-        kept = list(base.__iter__(value))
+            return kept
         refill = base.update if base is set else base.extend
 
         def undo() -> None:
@@ -220,6 +220,7 @@ class Memory:
                 refill(value, kept)
 
         self._undo.append(undo)
+        return () if base is set else kept
 
     def _keep_length(self, value: Any) -> None:
         """Remember how long a container is: what is appended is taken off again."""
