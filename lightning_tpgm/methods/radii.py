@@ -112,9 +112,10 @@ class Radii(LearnedScalars):
         bound = moved & self._binds
         self.bound = self.bound + bound
         self.pinned = self.pinned + (bound & (self._ratios < self.PINNED))
+        finite = moved & (self.reach < torch.inf)  # False for what is not a number
         for name, now in (("wanted", self.reach), ("allowed", self.distance)):
             mean = getattr(self, name)
-            setattr(self, name, torch.where(moved & now.isfinite(), mean + (now - mean) / self.projections, mean))
+            setattr(self, name, torch.where(finite, mean + (now - mean) / self.projections, mean))
 
     @property
     def _binds(self) -> Tensor:
