@@ -47,7 +47,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "l2sp": {"class": L2SPCallback, "strength": 0.3},
     "anchor_decay": {"class": AnchorDecayCallback, "strength": 0.5},
     "wise_ft": {"class": WiSEFTCallback, "alpha": 0.3},
-    "wise_ft_sweep": {"class": WiSEFTCallback, "alpha": "sweep", "monitor": "val_loss", "mode": "min"},
+    "wise_ft_sweep": {
+        "class": WiSEFTCallback,
+        "alpha": "sweep",
+        "alphas": (0.0, 0.5, 1.0),
+        "monitor": "val_loss",
+        "mode": "min",
+    },
 }
 STRATEGIES = ("ddp", "fsdp2", "tensor_parallel")
 

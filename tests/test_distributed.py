@@ -126,6 +126,7 @@ def test_every_method_and_strategy_is_covered() -> None:
     assert {f"{strategy}-{method}" for strategy in STRATEGIES for method in METHODS} <= set(ON_TWO)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ON_FOUR)
 def test_same_everywhere_a_mesh_of_two_dimensions_follows_one_process(
     mesh: list[Results], single: Any, case: str
