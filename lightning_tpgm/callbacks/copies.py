@@ -37,9 +37,8 @@ class PlainCopies:
         arguments = {name: value for name, value in vars(self).items() if name not in _RUNTIME}
         state = self.state_dict()
         anchors = self._constraint.anchors
-        if (
-            "file" in state and self._loaded is None and not anchors.in_file
-        ):  # a checkpoint may name its anchors; a copy has them
+        # a checkpoint may name its anchors, a copy holds them
+        if "file" in state and self._loaded is None and not anchors.in_file:
             state |= anchors.state_dict()
         return {**arguments, "_state": state, "_last": dict(self._constraint.seen())}
 

@@ -98,12 +98,13 @@ class _Group:
         self._aliases = [tensor.data for tensor in self._plain]  # the same memory
         self._pointers = list(map(_pointer, self._plain))  # to it
         alike: dict[Any, list[Tensor]] = {}  # a GPU copies those of one type at once
-        views = [tensor for tensor in self._plain if tensor.is_conj() or tensor.is_neg()]  # not among many at once
-        for tensor in self._plain:
-            if tensor.numel() <= SMALL and not any(tensor is view for view in views):
+        views = [tensor for tensor in self._plain if _is_lazy(tensor)]  # torch does not copy them among many at once
+        direct = [tensor for tensor in self._plain if not _is_lazy(tensor)]
+        for tensor in direct:
+            if tensor.numel() <= SMALL:
                 alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         self.small = list(map(_SmallCopies, alike.values()))
-        large = [t for t in self._plain if t.numel() > SMALL and not any(t is view for view in views)]
+        large = [tensor for tensor in direct if tensor.numel() > SMALL]
         self.watched = large if can_watch else []
         composed = [t for t in usable if _is_composed(t) and not isinstance(t, nn.Parameter)]
         self.others = [*composed, *views, *([] if can_watch else large)]
@@ -187,6 +188,11 @@ def _has_elements(tensor: Tensor) -> bool:
     """Whether it can be copied and put back: sparse and nested ones hold their values elsewhere."""
     plain = tensor.layout is torch.strided and not tensor.is_nested
     return plain and not tensor.is_inference() and not tensor.is_meta and tensor.numel() > 0
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    """Whether it is conjugated or negated only when it is read."""
+    return tensor.is_conj() or tensor.is_neg()
 
 
 def _is_composed(tensor: Tensor) -> bool:
