@@ -26,7 +26,8 @@ class Anchors:
     another fit of the same model. `join` lets those join that have thawed. `release` lets go of the model.
 
     Args:
-        device: ``"cpu"``: the anchors are kept in the host's memory. None: on the parameters' device.
+        device: ``"cpu"``: the anchors are kept in the host's memory. None: on the parameters' device. Either way each
+            process keeps its own parts of those that are split.
 
     Attributes:
         origin: ``"none"`` before the first of these transitions. ``"fresh"``: the weights as they were found.
@@ -198,11 +199,6 @@ class Anchors:
         self.origin, self.joined, self._kept = "restored", dict(state["anchor"]), dict(state["waiting"])
 
     def _captured(self, value: Tensor, parameter: Tensor) -> Tensor:
-        if self.device is not None and is_split(parameter):
-            raise ValueError(
-                f"`anchor_device` = {self.device!r} does not support parameters that are split over processes:"
-                " their anchors are split with them, and stay beside them. Leave it out."
-            )
         if self.in_file:
             return torch.empty_like(parameter, requires_grad=False, device="meta")
         return capture(value, parameter, self.device)

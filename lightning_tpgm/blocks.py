@@ -21,7 +21,11 @@ def sums(weight: Tensor, anchor: Tensor, norm: Norm) -> Tensor:
         Shape (R,), float32 at least. Those of a row's parts can be added. Then `lightning_tpgm.norms.from_sums` makes
         n of them.
     """
-    d = deviation(weight, anchor)
+    return _sums(deviation(weight, anchor), norm)
+
+
+def _sums(d: Tensor, norm: Norm) -> Tensor:
+    """The same of deviations, which it overwrites."""
     # in place: the block is still in the cache, a result of its own would push it out. Not by `vector_norm`: on a CPU
     # it takes three times as long for `mars`. For `l2` it adds one after the other and loses 2e-4 of the norm of 2^18
     # elements that moved alike, as in Adam's first step.
@@ -44,10 +48,11 @@ def step_sums(
     Returns:
         <G_row, D_prev_row>, what adds up to n of D_prev, and of D, and the two above. Shape (3, R) or (5, R).
     """
-    found = [dots(gradient, previous, anchor), sums(previous, anchor, norm), sums(weight, anchor, norm)]
-    if directions:
-        found += [dots(gradient, weight, anchor), gradient.to(found[0].dtype).square().sum(dim=1)]
-    return torch.stack(found)
+    d = deviation(previous, anchor)
+    found = [(d * gradient).sum(dim=1), _sums(d, norm)]
+    d = deviation(weight, anchor)
+    more = [(d * gradient).sum(dim=1), gradient.to(d.dtype).square().sum(dim=1)] if directions else []
+    return torch.stack([*found, _sums(d, norm), *more])
 
 
 def dots(gradient: Tensor, weight: Tensor, anchor: Tensor) -> Tensor:

@@ -121,9 +121,10 @@ class Constrained:
         """W, the present weights: views of large tensors, copies of small ones."""
         return self._layout.arrange(self._local())
 
-    def copy(self) -> Matrices:
-        """The present weights, in memory of their own."""
-        return self._layout.copy(self._local())
+    def keep(self) -> Matrices:
+        """The present weights, copied into the memory of `spare`."""
+        torch._foreach_copy_(self.spare, self.weights())
+        return self.spare
 
     def arrange(self, parts: Sequence[Tensor | None]) -> Matrices:
         """A list of this process's parts, one per tensor, as matrices; zeros for None."""

@@ -21,8 +21,8 @@ from lightning_tpgm.projection import is_coarse
 
 SHARED = 2**14
 """Tensors with fewer elements share a matrix: calling an operation costs more than carrying it out."""
-BLOCK = {"cpu": 2**18}
-"""Elements that are worked on at a time, by type of device: a megabyte in float32 stays in the cache."""
+BLOCK = {"cpu": 2**19}
+"""Elements that are worked on at a time, by type of device: two megabytes in float32 stay in the cache."""
 LARGE_BLOCK = 2**24
 """On other devices the bound only keeps memory small."""
 
@@ -72,12 +72,6 @@ class Layout:
     def arrange(self, tensors: Sequence[Tensor | None]) -> Matrices:
         """The tensors as matrices: views of large ones, wherever they are, copies of small ones, zeros for None."""
         return [group.arrange(tensors) for group in self._groups]
-
-    def copy(self, tensors: Sequence[Tensor]) -> Matrices:
-        """Like `arrange`, all in memory of their own."""
-        matrices = self.arrange(tensors)
-        shared = {tensor.data_ptr() for tensor in tensors}
-        return [matrix.clone() if matrix.data_ptr() in shared else matrix for matrix in matrices]
 
     # ---- rows
 
@@ -162,8 +156,8 @@ class Layout:
             if group.is_missing(tensors):
                 continue
             matrix = group.to_write(tensors, reads)
-            for block in group.blocks:
-                change(matrix[block], weight[block], self._here(anchor[block]), value[block[0]])
+            for target, w, w0, each in group.blocks(matrix, weight, anchor, value.expand_as(matrix)):
+                change(target, w, self._here(w0), each)
             group.write(matrix, tensors)
 
     def _here(self, block: Tensor) -> Tensor:
@@ -177,10 +171,10 @@ class Layout:
         found = []
         for group, copy, *matrices in zip(self._groups, copies or [None] * len(operands[0]), *operands, strict=True):
             parts = []
-            for block in group.blocks:
-                parts.append(function(*(self._here(matrix[block]) for matrix in matrices)))
+            for first, *others, target in group.blocks(*matrices, matrices[0] if copy is None else copy):
+                parts.append(function(first, *map(self._here, others)))
                 if copy is not None:
-                    copy[block].copy_(matrices[0][block])
+                    target.copy_(first)
             rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             found.append((rows.sum(dim=-1, keepdim=True) if group.one_row and len(parts) > 1 else rows).to(self.dtype))
         return torch.cat(found, dim=-1) if found else torch.empty(0, dtype=self.dtype, device=self._device)
@@ -246,12 +240,14 @@ class _Group:
         self._size, self._stride = first.size(), first.stride()
         self._is_view = first.numel() >= SHARED and _row_by_row(first, self.rows, self._length)
         self._zero = first.new_zeros(())
-        block = _block(first)
-        if self.one_row:
-            self.blocks = [(slice(None), slice(i, i + block)) for i in range(0, max(1, self._length), block)]
-        else:
-            rows = max(1, block // max(1, self._length))
-            self.blocks = [(slice(i, i + rows), slice(None)) for i in range(0, max(1, self.rows), rows)]
+        self._block = _block(first) if self.one_row else max(1, _block(first) // max(1, self._length))
+        self._is_block = (self._length if self.one_row else self.rows) <= self._block
+
+    def blocks(self, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The parts of matrices that are worked on at a time: rows, or pieces of the only one."""
+        if self._is_block:
+            return iter([matrices])
+        return zip(*(torch.split(m, self._block, dim=1 if self.one_row else 0) for m in matrices), strict=True)
 
     def total(self, rows: Tensor) -> Tensor:
         each = len(self.indices), self.rows_each

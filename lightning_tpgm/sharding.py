@@ -35,6 +35,8 @@ def is_split(tensor: Tensor) -> bool:
 
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor on every process. Collective: every process must call it."""
+    if isinstance(tensor, DTensor):  # an anchor may be kept where processes do not talk
+        tensor = tensor.to(tensor.device_mesh.device_type)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -38,12 +38,12 @@ STEPS = 6  # in two epochs
 GLOBAL_BATCH = 8
 METHODS: dict[str, dict[str, Any]] = {
     "tpgm_mars": {"class": TPGMCallback, "radius_lr": 0.05},
-    "tpgm_l2": {"class": TPGMCallback, "norm": "l2", "radius_lr": 0.05, "radius_steps": 2},
+    "tpgm_l2": {"class": TPGMCallback, "norm": "l2", "radius_lr": 0.05, "radius_steps": 2, "anchor_device": "cpu"},
     "tpgm_fit_end": {"class": TPGMCallback, "norm": "l2", "radius_steps": 3, "when": "fit_end"},
     "ftp_mars": {"class": FTPCallback, "k": 0.5},
     "ftp_l2": {"class": FTPCallback, "norm": "l2"},
     "digrap": {"class": DiGraPCallback, "omega_lr": 0.3},
-    "spd": {"class": SPDCallback},
+    "spd": {"class": SPDCallback, "anchor_device": "cpu"},
     "l2sp": {"class": L2SPCallback, "strength": 0.3},
     "anchor_decay": {"class": AnchorDecayCallback, "strength": 0.5},
     "wise_ft": {"class": WiSEFTCallback, "alpha": 0.3},

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from lightning_tpgm.anchors import Anchors
+from lightning_tpgm.constrained import Constrained
+from lightning_tpgm.sharding import full
 from properties import assert_same
 
 Candidates = dict[str, Tensor]
@@ -519,3 +524,36 @@ def test_device_of_the_anchors(device: Any) -> None:
     assert anchors.joined["a"].device.type == ("meta" if device is None else "cpu")
     if device == "cpu":
         assert_same(anchors.joined["a"], torch.ones(2, 3))
+
+
+# --- split over processes
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_parts_of_split_parameters_stay_in_the_hosts_memory(mesh: DeviceMesh) -> None:
+    """The parameter's part is on a device, here meta; the processes talk on the mesh's, here the CPU."""
+    value = torch.arange(6.0).reshape(2, 3)
+    split = DTensor.from_local(torch.empty(2, 3, device="meta"), mesh, [Shard(0)], run_check=False)
+    anchors = Anchors(device="cpu")
+    anchors.begin_from({"a": value}, {"a": split}, silent)
+    anchors.join(frozen=True)
+    assert anchors.joined["a"].to_local().is_cpu  # type: ignore[attr-defined]
+    assert_same(anchors.state_dict()["anchor"], {"a": value})
+    tensors = Constrained({"a": split}, anchors.joined, "mars")
+    assert tensors.rows(tensors.weights()).is_meta
+
+
+def test_what_is_kept_away_from_the_mesh_comes_there_to_be_gathered(mesh: DeviceMesh) -> None:
+    """Nothing can come from the device meta, so the attempt shows."""
+    elsewhere = torch.empty_like(DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)], run_check=False), device="meta")
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        full(elsewhere)

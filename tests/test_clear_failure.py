@@ -23,7 +23,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import lightning_tpgm.anchors
 from lightning_tpgm import L2SPCallback, TPGMCallback, project_checkpoint, wise_ft_sweep
 from properties import assert_same
 from toys import Toy, images, quiet_trainer, toy, train_loader, val_loader
@@ -142,12 +141,6 @@ def test_strategy_that_is_not_supported(strategy: Any, method: Any, monkeypatch:
         " DDPStrategy, or ModelParallelStrategy (FSDP2, tensor parallel)."
     ):
         method().setup(trainer, toy(), "fit")
-
-
-def test_anchors_of_split_parameters_stay_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lightning_tpgm.anchors, "is_split", lambda parameter: True)
-    with says("`anchor_device` = 'cpu' does not support parameters that are split over processes: ... Leave it out."):
-        fit(toy(), TPGMCallback(anchor_device="cpu"))
 
 
 def test_manual_optimization_needs_a_loss() -> None:

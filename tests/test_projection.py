@@ -44,7 +44,7 @@ class Case(NamedTuple):
         """What methods do with all their tensors, of one."""
         target = weight.clone()
         tensors = self.tensors(target)
-        weights = tensors.copy()
+        weights = tensors.keep()
         tensors.project(weights, tensors.rows(weights), tensors.scalar().new_tensor([float(radius)]))
         return target
 

@@ -39,7 +39,7 @@ class SPD(Method):
     @override
     def before(self, tensors: Constrained, step: Step) -> None:
         """Keeps the weights."""
-        self._before = tensors.copy()
+        self._before = tensors.keep()
 
     @override
     def after(self, tensors: Constrained, step: Step) -> None:
