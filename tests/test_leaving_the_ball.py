@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -272,6 +273,15 @@ def test_nothing_is_said_of_an_ordinary_fit(
 ) -> None:
     monkeypatch.setattr(Leaving, "EVERY", 2)
     assert said(make(norm=norm, radius_lr=0.1), **options) == []
+
+
+def test_what_ftp_leaves_out_has_no_radius_and_is_no_alarm() -> None:
+    module = pretrained()
+    module.unused = nn.Parameter(torch.zeros(3))  # it has no gradient, and is away from its anchor
+    callback = FTPCallback(pretrained={**module.state_dict(), "unused": torch.ones(3)})
+    assert said(callback, module=module) == []
+    assert math.isnan(callback.radii["unused"])
+    assert module.unused.tolist() == [0, 0, 0]
 
 
 def test_nothing_is_said_of_radii_at_the_end() -> None:

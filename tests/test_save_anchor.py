@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+import lightning_tpgm
 from lightning_tpgm import FTPCallback, TPGMCallback, WiSEFTCallback, constrain, references
 from lightning_tpgm.callbacks import method
 from lightning_tpgm.methods import FTP
@@ -231,6 +233,33 @@ def test_what_acts_at_the_end_needs_no_memory_until_then(make: Any, frozen: bool
     plain, added = found[0], found[1] - found[0]
     assert plain > 4_000_000
     assert added < 0.01 * plain
+
+
+class Trained(Wide):
+    """All of it is stepped."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return super().loss(batch) + self.wide.weight.square().sum()
+
+
+def documented_sizes() -> dict[str, list[int]]:
+    text = (Path(__file__).parents[1] / "docs" / "several.md").read_text().partition("| checkpoint |")[2]
+    rows = re.findall(r"^\| ([^|]+) \| (\d) \| (?:(\d) )?\|$", text, re.MULTILINE)
+    return {name: [int(size) for size in sizes if size] for names, *sizes in rows for name in names.split(", ")}
+
+
+@pytest.mark.parametrize("name", documented_sizes())
+def test_checkpoints_are_as_large_as_documented(name: str, tmp_path: Path) -> None:
+    file, found = tmp_path / "pretrained.pt", []
+    torch.save(Trained().state_dict(), file)
+    make: Any = None if name == "plain fine-tuning" else getattr(lightning_tpgm, f"{name.replace('-', '')}Callback")
+    for save_anchor in [True] if make is None else [True, False]:
+        callbacks = [] if make is None else [make(pretrained=file, save_anchor=save_anchor)]
+        trainer = quiet_trainer(*callbacks)
+        trainer.fit(Trained(), train_loader(), val_loader())
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        found.append((tmp_path / "end.ckpt").stat().st_size / file.stat().st_size)
+    assert found == pytest.approx(documented_sizes()[name], abs=0.02)
 
 
 @pytest.mark.parametrize("make", AT_END.values(), ids=AT_END)

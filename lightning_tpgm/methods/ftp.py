@@ -68,7 +68,7 @@ class FTP(Method):
         slope = tensors.total(sums[0] / (previous_rows + EPS))  # dgamma; 0 without gradient, meaningless if not known
         largest = tensors.largest(rows)
         with self.radii.of(tensors) as radii:
-            radii.start(torch.full_like(radii.value, MIN_RADIUS))
+            radii.start(torch.full_like(radii.value, MIN_RADIUS), where=stepped)
             radii.follow(largest, stepped)
             radii.adam(torch.where(slope > 0, self.k * slope, slope), where=stepped & known, lr=radii.rates(1))
             # Adam counts the optimizer's steps: the next is t = 2
