@@ -17,6 +17,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_tpgm.observing.plotting import name_lines
 from methods import FIXED_RATES, FTP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
 from results import FOLDER, Result, Run, mean_and_error, read
 from suite import SUITES
@@ -211,28 +212,30 @@ def draw_rates(suites: Sequence[SuiteResults], path: Path) -> None:
     for row, suite in zip(grid, suites, strict=True):
         shown = {"in distribution": suite.columns["in distribution"], "under shift": suite.shifted}
         for axes, (heading, domains) in zip(row, shown.items(), strict=True):
-            draw_curves(axes, suite, domains)
+            ends = draw_curves(axes, suite, domains)
             axes.set_title(f"{suite.name}, {heading}: accuracy in %", loc="left", fontsize="medium")
             axes.set_xlabel("learning rate")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+        name_lines(axes, ends, COLOURS)
     figure.savefig(path, dpi=110)
 
 
-def draw_curves(axes: Axes, suite: SuiteResults, domains: Sequence[str]) -> None:
-    """One line a method, with standard errors."""
+def draw_curves(axes: Axes, suite: SuiteResults, domains: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """One line a method, with standard errors. Returns the last point of each."""
+    ends = {}
     for method, colour in COLOURS.items():
         runs = [(lr, suite.of(method, USUAL, lr)) for lr in suite.rates]
         points = [(lr, *mean_and_error([result.mean(domains) for result in run])) for lr, run in runs if run]
         if points:
             rates, means, errors = zip(*points, strict=True)
             width = 2.4 if method in (TPGM, TPGM_SWEEP) else 1.4
-            axes.errorbar(rates, means, errors, color=colour, marker="o", markersize=3, linewidth=width, label=method)
+            axes.errorbar(rates, means, errors, color=colour, marker="o", markersize=3, linewidth=width)
+            ends[method] = (rates[-1], means[-1])
     axes.set_xscale("log")
     axes.set_xticks(suite.rates, [f"{lr:g}" for lr in suite.rates])
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
+    return ends
 
 
 TABLES: dict[str, Callable[[Sequence[SuiteResults]], str]] = {

@@ -6,17 +6,20 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from lightning_tpgm.methods.tpgm import CADENCE
+from lightning_tpgm.observing.plotting import BLUE, GREY, ORANGE, axes_for, name_lines
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "docs" / "cost.md"
 MAIN = ("ResNet-50", "ViT-B/16", "MiniLM-L6")
 WITHOUT_EVALUATION = ("FTP, mars", "FTP, l2", "DiGraP", "SPD", "L2-SP")
+PURPLE, GREEN = "#CC79A7", "#009E73"  # of the same palette
 COPIES = 5.5
 """The floor of TPGM's own passes over the constrained weights, in copies (one read and one write) of them. They read W
 and W0 and write D. Before and after the evaluation they read D and W0 and write W. At last they read G and D."""
@@ -139,15 +142,66 @@ def memory_table(path: Path, times: Times) -> str:
 
 def figure(growth: Times, path: Path) -> None:
     """Seconds over the number of parameters, a line for each number of tensors."""
-    figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    lines: dict[str, list[tuple[float, float]]] = {}
     for tensors in sorted({int(t["tensors"]) for t in growth.values()}):
         points = sorted((t["parameters"], t) for t in growth.values() if t["tensors"] == tensors)
-        sizes = [size for size, _ in points]
-        axes.loglog(sizes, [t["TPGM, mars: projection"] for _, t in points], marker="o", label=f"{tensors:,} tensors")
+        lines[f"{tensors:,} tensors"] = [(size, t["TPGM, mars: projection"]) for size, t in points]
         if tensors == 20:
-            axes.loglog(sizes, [3 * t["copy"] for _, t in points], "--", color="grey", label="three copies")
-    axes.set(xlabel="constrained parameters", ylabel="seconds of a projection (mars)")
-    axes.legend()
+            lines["three copies"] = [(size, 3 * t["copy"]) for size, t in points]
+    figure, axes = axes_for(None, width=5.5, height=4)
+    draw_lines(axes, lines, [ORANGE, GREY, BLUE, "black"], "seconds of a projection (mars)")
+    axes.set_xlabel("constrained parameters")
+    figure.savefig(path, dpi=120)
+
+
+def draw_lines(axes: Axes, lines: Mapping[str, list[tuple[float, float]]], colors: Iterable[str], title: str) -> None:
+    """Named lines on logarithmic scales."""
+    by_name = dict(zip(lines, colors, strict=False))
+    for name, points in lines.items():
+        axes.loglog(*zip(*points, strict=True), marker="o", markersize=4, color=by_name[name])
+    axes.set_title(title, loc="left", fontsize="medium")
+    name_lines(axes, {name: points[-1] for name, points in lines.items()}, by_name)
+
+
+def read_large(path: Path) -> dict[str, list[dict[str, float]]]:
+    """The figures of large models by method, from the smallest to the largest."""
+    found: dict[str, list[dict[str, float]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            figures = {name: float(value) for name, value in row.items() if name not in ("model", "method")}
+            found.setdefault(row["method"], []).append(figures)
+    return found
+
+
+def large_tables(large: Mapping[str, list[dict[str, float]]]) -> str:
+    """Peak memory in units of the weights, in brackets that at the fit's end, and seconds a step, by size."""
+    sizes = sorted({row["parameters"] for rows in large.values() for row in rows})
+    head = [f"{size / 1e6:,.0f} M" for size in sizes]
+    memory, seconds = [], []
+    for method, rows in large.items():
+        by_size = {row["parameters"]: row for row in rows}
+        cells = [by_size.get(size) for size in sizes]
+        memory.append([method, *("" if row is None else peaks(row) for row in cells)])
+        seconds.append([method, *("" if row is None else f"{row['seconds']:.3g}" for row in cells)])
+    tables = table(["peak memory / weights", *head], memory), table(["seconds a step", *head], seconds)
+    return "\n\n".join(tables)
+
+
+def peaks(row: Mapping[str, float]) -> str:
+    """Peak memory while training, and in brackets at the end if it is more, over the bytes of the weights."""
+    during, end = (row[name] / (4 * row["parameters"]) for name in ("during_bytes", "peak_bytes"))
+    return f"{during:.1f}" if end < during + 0.1 else f"{during:.1f} ({end:.1f})"
+
+
+def large_figure(large: Mapping[str, list[dict[str, float]]], path: Path) -> None:
+    """Memory and time of one process over the number of parameters."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.4), layout="constrained")
+    methods = {method: rows for method, rows in large.items() if "FSDP2" not in method}
+    shown = {"peak_bytes": (left, "peak memory, GB", 1e-9), "seconds": (right, "seconds a step", 1.0)}
+    for what, (axes, title, unit) in shown.items():
+        lines = {method: [(row["parameters"], unit * row[what]) for row in rows] for method, rows in methods.items()}
+        draw_lines(axes_for(axes)[1], lines, ["black", PURPLE, "#E69F00", BLUE, GREEN], title)
+        axes.set_xlabel("parameters")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -156,7 +210,8 @@ def tables(results: Path) -> str:
     """All tables of a folder of results."""
     times = read(results / "times.csv")
     growth, memory = growth_table(read(results / "growth.csv")), memory_table(results / "memory.csv", times)
-    return "\n\n".join([step_table(times), floor_table(times), projection_table(times), growth, memory])
+    found = [step_table(times), floor_table(times), projection_table(times), growth, memory]
+    return "\n\n".join([*found, large_tables(read_large(results / "large.csv"))])
 
 
 def put(text: str, name: str, table: str) -> str:
@@ -188,6 +243,7 @@ def main() -> None:
     if arguments.check:
         sys.exit("\n".join(too_slow(times)) or 0)
     figure(growth, results / "growth.png")
+    large_figure(read_large(results / "large.csv"), results / "large.png")
     print(json.loads((results / "machine.json").read_text()), tables(results), sep="\n\n")
     if results == RESULTS:
         for path, text in documents().items():

@@ -184,6 +184,30 @@ def plot_steps(
     return figure, ax
 
 
+def name_lines(ax: Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str], size: float = 8) -> None:
+    """Write the names of lines at the right of their last points, one above the other where these are close.
+
+    Args:
+        ax: With its lines drawn, and its scales set.
+        ends: The last point of each line, by name.
+        colors: Of the lines, by name.
+        size: Of the letters, in points.
+    """
+    ax.get_ylim()  # settles the limits, which what is drawn has changed
+    to_axes = ax.transScale + ax.transLimits
+    heights = {name: float(to_axes.transform(end)[1]) for name, end in ends.items()}
+    names = sorted(heights, key=heights.__getitem__)
+    gap = 1.2 * size / (ax.get_window_extent().height * 72 / ax.figure.dpi)
+    for below, name in pairwise(names):
+        heights[name] = max(heights[name], heights[below] + gap)
+    top = 1.0
+    for name in reversed(names):
+        heights[name] = min(heights[name], top)
+        top = heights[name] - gap
+        place = (1.02, heights[name])
+        ax.annotate(name, place, xycoords="axes fraction", va="center", fontsize=size, color=colors[name])
+
+
 def _style(ax: Axes) -> None:
     """Of all figures: few lines, so that the data are seen."""
     ax.spines[["top", "right"]].set_visible(False)
