@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, random_split
 
 from lightning_tpgm import TPGMCallback
-from lightning_tpgm.callbacks.generators import put_back
+from lightning_tpgm.callbacks.generators import generators_put_back
 from toys import Toy, quiet_trainer
 
 KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], float]]] = {
@@ -114,7 +114,7 @@ def test_generators_are_seeded_inside_and_as_before_after(kind: str) -> None:
     noise(), twin()
     inside = []
     for _ in range(2):
-        with put_back([noise], seed=3):
+        with generators_put_back([noise], seed=3):
             inside.append([noise(), noise()])
     assert inside[0] == inside[1]
     assert noise() == twin() != inside[0][0]
@@ -127,5 +127,5 @@ def test_what_has_no_state_and_what_is_odd_is_left_alone() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self, name)
 
-    with put_back([random.SystemRandom(), Asks(), partial(print), None, Noisy], seed=1):
+    with generators_put_back([random.SystemRandom(), Asks(), partial(print), None, Noisy], seed=1):
         pass

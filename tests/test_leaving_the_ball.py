@@ -118,7 +118,7 @@ def test_writes_inside_the_ball_are_no_alarm() -> None:
 @pytest.mark.parametrize("write", [lambda module: None, in_place, inside], ids=["nothing", "mask", "inside"])
 @pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 def test_looks_are_few(make: Any, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They cost a pass over memory: two at the start, one at the end, and none for what the steps write or was said."""
+    """They cost a pass over memory: one at the start, one at the end, and none for what the steps write or was said."""
     looks: list[Any] = []
     look = Leaving.look
 
@@ -128,7 +128,7 @@ def test_looks_are_few(make: Any, write: Any, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Leaving, "look", counted)
     said(make(), At("on_train_batch_end", write))
-    assert len(looks) == 3
+    assert len(looks) == 2
 
 
 def test_a_mask_between_steps_is_said_before_the_fit_ends() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,48 +20,71 @@ _FEW = 100  # entries of a container that is looked into
 _MANY = 1_000  # objects that are looked at
 
 
+class Kind(NamedTuple):
+    """What can be done with a kind of generator."""
+
+    state: Callable[[Any], Any]
+    set_state: Callable[[Any, Any], object]
+    seed: Callable[[Any, int], object]
+
+
+def _set_numpy(generator: np.random.Generator, state: Any) -> None:
+    generator.bit_generator.state = state
+
+
+_KINDS: dict[type, Kind] = {
+    torch.Generator: Kind(
+        lambda generator: generator.get_state(),
+        lambda generator, state: generator.set_state(state),
+        lambda generator, seed: generator.manual_seed(seed),
+    ),
+    np.random.Generator: Kind(
+        lambda generator: generator.bit_generator.state,
+        _set_numpy,
+        lambda generator, seed: _set_numpy(generator, type(generator.bit_generator)(seed).state),
+    ),
+    np.random.RandomState: Kind(
+        lambda generator: generator.get_state(),
+        lambda generator, state: generator.set_state(state),
+        lambda generator, seed: generator.seed(seed % 2**32),
+    ),
+    random.Random: Kind(
+        lambda generator: generator.getstate(),
+        lambda generator, state: generator.setstate(state),
+        lambda generator, seed: generator.seed(seed),
+    ),
+}
+
+
+def _kind(value: object) -> Kind | None:
+    if isinstance(value, random.SystemRandom):  # it has no state
+        return None
+    return next((kind for cls, kind in _KINDS.items() if isinstance(value, cls)), None)
+
+
 def snapshot(generator: Any) -> Callable[[], object] | None:
     """What puts a generator back into its present state; None for other objects."""
-    if isinstance(generator, torch.Generator):
-        return partial(generator.set_state, generator.get_state())
-    if isinstance(generator, np.random.Generator):
-        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-    if isinstance(generator, np.random.RandomState):
-        return partial(generator.set_state, generator.get_state())
-    if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):  # which has no state
-        return partial(generator.setstate, generator.getstate())
-    return None
-
-
-def _seed(generator: Any, seed: int) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.manual_seed(seed)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = type(generator.bit_generator)(seed).state
-    elif isinstance(generator, np.random.RandomState):
-        generator.seed(seed % 2**32)
-    else:
-        generator.seed(seed)
+    kind = _kind(generator)
+    return None if kind is None else partial(kind.set_state, generator, kind.state(generator))
 
 
 @contextmanager
-def put_back(owners: Iterable[Any], seed: int | None = None) -> Iterator[None]:
+def generators_put_back(owners: Iterable[Any], seed: int | None = None) -> Iterator[None]:
     """The generators that hang on these objects are as before on exit; inside they are seeded, if that is asked for.
 
     They are looked for among attributes and in short containers, at any depth, also behind bound methods.
     """
-    found = list(_held_by(owners))
-    undo = [back for generator in found if (back := snapshot(generator)) is not None]
+    found = [(generator, kind, kind.state(generator)) for generator, kind in _held_by(owners)]
     try:
-        for generator in found if seed is not None else ():
-            _seed(generator, seed)  # type: ignore[arg-type]
+        for generator, kind, _ in found if seed is not None else ():
+            kind.seed(generator, seed)  # type: ignore[arg-type]
         yield
     finally:
-        for back in undo:
-            back()
+        for generator, kind, state in found:
+            kind.set_state(generator, state)
 
 
-def _held_by(owners: Iterable[Any]) -> Iterator[Any]:
+def _held_by(owners: Iterable[Any]) -> Iterator[tuple[Any, Kind]]:
     todo, seen = list(owners), set[int]()
     left_alone = (Tensor, np.ndarray, nn.Module, type, *classes("trainer:Trainer"))
     for value in todo:  # grows by what is found inside
@@ -69,8 +92,8 @@ def _held_by(owners: Iterable[Any]) -> Iterator[Any]:
         if id(value) in seen or len(seen) > _MANY or isinstance(value, left_alone):
             continue
         seen.add(id(value))
-        if isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
-            yield value
+        if (found := _kind(value)) is not None:
+            yield value, found
         elif isinstance(value, Mapping):
             todo += [*value.values()] if type(value) is dict and len(value) <= _FEW else []
         elif isinstance(value, list | tuple):

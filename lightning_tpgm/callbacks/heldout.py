@@ -18,7 +18,7 @@ from lightning_tpgm.callbacks.framework import (
     rank_zero_info,
     uses_distributed_sampler,
 )
-from lightning_tpgm.callbacks.generators import put_back
+from lightning_tpgm.callbacks.generators import generators_put_back
 from lightning_tpgm.callbacks.loaders import (
     default_loaders,
     is_combined,
@@ -172,5 +172,5 @@ def _seeded(seed: int, loaders: list[Iterable[Any]]) -> Iterator[None]:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    with put_back([part for loader in loaders for part in parts(loader)], seed):
+    with generators_put_back([part for loader in loaders for part in parts(loader)], seed):
         yield

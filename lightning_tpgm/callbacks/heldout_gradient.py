@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_tpgm.callbacks.evaluation import HeldOutLoss, Loss
 from lightning_tpgm.callbacks.framework import CombinedLoader, pl, validation_loader
-from lightning_tpgm.callbacks.generators import put_back
+from lightning_tpgm.callbacks.generators import generators_put_back
 from lightning_tpgm.callbacks.heldout import HeldOutBatches, held_out_batches
 from lightning_tpgm.callbacks.isolation import Isolation
 from lightning_tpgm.callbacks.overlap import warn_of_shared_examples
@@ -71,7 +71,7 @@ class HeldOutGradient:
             raise RuntimeError("The held-out loss can be evaluated during a fit only.")
         trainer, pl_module = self._fit
         eval_mode = self._loss.eval_mode
-        transfers = put_back([getattr(trainer, "datamodule", None)])  # its hooks may draw
+        transfers = generators_put_back([getattr(trainer, "datamodule", None)])  # its hooks may draw
         with transfers, self._isolation.no_trace(trainer, pl_module, parameters, eval_mode):
             for recurrent in self._recurrent if eval_mode else ():
                 if not recurrent.training:

@@ -29,7 +29,7 @@ class Leaving:
         self._radii: Tensor | None = None  # the largest so far, shape (T,); nan before there is one
         self._found: Tensor | None = None  # distance and radius of those outside, shape (2, T); nan for all others
         self._said = False
-        self._marks: list[int] = []  # of the tensors after the last step
+        self._marks: list[int] | None = None  # of the tensors after the last step
         self._written = False  # between the last two steps
 
     def note(self, quantities: Mapping[str, Tensor]) -> None:
@@ -53,12 +53,12 @@ class Leaving:
         """
         steps = self._steps.get(index, 0)
         self._steps[index] = steps + 1
-        before, self._written = self._written, self._marks != _marks(tensors)
+        before, self._written = self._written, self._marks is not None and self._marks != _marks(tensors)
         return not self._said and (steps % self.EVERY == 1 or (self._written and not before))
 
     def stepped(self, tensors: Constrained) -> None:
         """What is written to the tensors from now on does not come of the step."""
-        self._marks = [] if self._said else _marks(tensors)
+        self._marks = None if self._said else _marks(tensors)
 
     def look(self, tensors: Constrained, quantities: Mapping[str, Tensor]) -> None:
         """See where tensors are; collective where they are split over processes, if there are radii.
