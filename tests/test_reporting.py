@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -497,8 +498,8 @@ def verdict(**shares: list[float]) -> str:
 def test_verdict_says_who_was_held() -> None:
     text = verdict(allowed=[1e-3, 1e-3, 0.8, 0.99], bound=[1, 1, 0.6, 0.1], pinned=[0.8, 0.95, 0, 0])
     assert text == (
-        "d.weight moved freely: bound in 10 % of the steps. c.weight was held back: bound in 60 % of the steps, and"
-        " allowed 80 % of the distance that was wanted. a.weight and b.weight were pinned: at the pretrained value"
+        "d moved freely: bound in 10 % of the steps. c was held back: bound in 60 % of the steps, and"
+        " allowed 80 % of the distance that was wanted. a and b were pinned: at the pretrained value"
         " in 80 to 95 % of the steps; lower the learning rate, or exclude them, if accuracy in distribution matters"
         " more."
     )
@@ -514,7 +515,7 @@ def test_verdict_says_no_more_than_the_numbers() -> None:
     held = verdict(allowed=[0.9, 0.9], bound=[0.8, 0.8], pinned=[0, 0])
     assert held.endswith("and allowed 90 % of the distance that was wanted.")  # no advice
     tight = verdict(allowed=[0.9, 0.4], bound=[0.8, 0.9], pinned=[0, 0])
-    assert "b.weight was held tightly: bound in 90 % of the steps, and allowed 40 %" in tight
+    assert "b was held tightly: bound in 90 % of the steps, and allowed 40 %" in tight
     assert tight.endswith("; lower the learning rate, or exclude it, if accuracy in distribution matters more.")
     all_pinned = verdict(allowed=[0, 0.0], bound=[1.0, 1.0], pinned=[1.0, 1.0])
     assert "exclude" not in all_pinned  # nothing would be left
@@ -525,7 +526,23 @@ def test_verdict_says_no_more_than_the_numbers() -> None:
 def test_verdict_names_no_tensor_that_had_no_step() -> None:
     nan = torch.nan
     text = verdict(allowed=[0.0, 1.0], wanted=[0.0, 1.0], bound=[nan, 0.2], pinned=[nan, 0.0])
-    assert text == "b.weight moved freely: bound in 20 % of the steps."
+    assert text == "b moved freely: bound in 20 % of the steps."
+
+
+def test_verdict_judges_layers_not_their_tensors() -> None:
+    names = [f"layers.{i}.{part}" for i in range(2) for part in ("weight", "bias")] + ["scale"]
+    vectors = {
+        "wanted": [4.0, 3, 4, 3, 1],
+        "allowed": [2.4, 3.2, 4, 3, 1],
+        "bound": [1.0, 0.5, 0, 0, 0],
+        "pinned": [0.0] * 5,
+    }
+    quantities = {name: torch.tensor(values) for name, values in vectors.items()}
+    text = explain(names, {**quantities, "distance": quantities["allowed"]})
+    assert text == (
+        "layers.1 and scale moved freely: bound in 0 % of the steps. layers.0 was held back: bound in 75 % of the"
+        " steps, and allowed 80 % of the distance that was wanted."
+    )
 
 
 def test_verdict_has_at_most_three_sentences() -> None:
@@ -539,10 +556,13 @@ def test_verdict_of_methods_without_radii(make: Any) -> None:
     callback = make()
     assert callback.explain() == "Nothing was constrained yet."
     rows = fitted(callback).report()
-    farthest = max(rows, key=lambda row: row["distance"])
+    layers: dict[str, list[float]] = {}
+    for row in rows:
+        layers.setdefault(row["name"].rpartition(".")[0] or row["name"], []).append(row["distance"])
+    farthest = max(layers, key=lambda name: math.hypot(*layers[name]))
     text = callback.explain()
-    assert f"{farthest['name']} is farthest with {farthest['distance']:.3g}" in text
-    assert ("%" in text) is ("omega" in farthest)
+    assert f"{farthest} is farthest with {math.hypot(*layers[farthest]):.3g}" in text
+    assert ("%" in text) is ("omega" in rows[0])
     assert "held" not in text
 
 

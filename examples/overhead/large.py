@@ -140,7 +140,7 @@ def one(width: int, depth: int, method: str, processes: int, file: Path) -> None
         max_steps=STEPS,
         accelerator="cpu",
         devices=processes,
-        strategy=ModelParallelStrategy() if processes > 1 else "auto",
+        strategy=ModelParallelStrategy(processes, tensor_parallel_size=1) if processes > 1 else "auto",
         callbacks=[*([METHODS[method](file)] if method in METHODS else []), watch],
         use_distributed_sampler=False,
         logger=False,

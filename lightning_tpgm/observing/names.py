@@ -10,16 +10,20 @@ Blocks = dict[str, list[int]]  # the label of each block, and which tensors are 
 
 
 def shortened(names: Sequence[str]) -> list[str]:
-    """The names without the parts that all of them begin or end with.
+    """The names without the parts that all of them begin or end with; a number keeps the part before it.
 
     >>> shortened(["model.encoder.0.weight", "model.encoder.1.weight", "model.head.weight"])
     ['encoder.0', 'encoder.1', 'head']
+    >>> shortened(["model.layers.0.weight", "model.layers.1.weight"])
+    ['layers.0', 'layers.1']
     """
     parts = [name.split(".") for name in names]
     spare = min(map(len, parts), default=1) - 1  # each keeps one part
     if len(names) < 2:
         return list(names)
     first = next((i for i in range(spare) if len({part[i] for part in parts}) > 1), spare)
+    if first > 0 and any(part[first].isdigit() for part in parts):
+        first -= 1
     last = next((i for i in range(spare - first) if len({part[-1 - i] for part in parts}) > 1), spare - first)
     return [".".join(part[first : len(part) - last]) for part in parts]
 
@@ -34,20 +38,20 @@ def end_of(name: str, length: int = 38) -> str:
 
 
 def blocks(names: Sequence[str], most: int) -> Blocks:
-    """Tensors by block, in their order: one a block if there are few, else those whose names begin alike.
+    """Tensors by block, in their order: those of one name if there are few names, else those that begin alike.
 
     The names are cut at the finest depth that gives few enough blocks. If these are far fewer, neighbours of the next
     depth are put together instead.
 
     Args:
-        names: Of the tensors.
+        names: Of the tensors, or of their layers.
         most: How many blocks there may be, where names are not all of families of their own.
 
     >>> blocks(["stem.weight", "layer.0.weight", "layer.0.bias", "layer.1.weight", "layer.1.bias"], most=3)
     {'stem': [0], 'layer.0': [1, 2], 'layer.1': [3, 4]}
     """
-    if len(names) <= most:
-        return {name: [index] for index, name in enumerate(names)}
+    if len(set(names)) <= most:
+        return _cut([(name,) for name in names], 1)
     short = _telling([tuple(name.split(".")) for name in shortened(names)])
     cuts = [_cut(short, depth) for depth in range(1, max(map(len, short)) + 1)]
     fitting = [cut for cut in cuts if len(cut) <= most]

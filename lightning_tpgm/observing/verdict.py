@@ -11,7 +11,7 @@ from lightning_tpgm.observing.names import in_words
 from lightning_tpgm.observing.reporting import PINNED, by_block, left
 from lightning_tpgm.projection import MIN_RADIUS
 
-MOST = 24  # blocks that are judged one by one
+MOST = 24  # layers that are judged one by one
 FREE, PLAIN = 0.3, 0.1  # of the steps: what is bound in fewer
 TIGHT = 0.5  # of what was wanted: what is allowed less
 LITTLE, MUCH = 0.1, 0.9  # of the distance, after the fact
@@ -21,12 +21,12 @@ def explain(names: Sequence[str], quantities: Mapping[str, Tensor]) -> str:
     """Which part of the network was held, for how much of the run, and what that suggests.
 
     Args:
-        names: Of T tensors; many are judged by block.
+        names: Of T tensors; they are judged by layer, many layers by block.
         quantities: Shape (T,) each, on the CPU.
     """
     if not quantities:
         return "Nothing was constrained yet."
-    sizes, shown = by_block(names, quantities, MOST)
+    sizes, shown = by_block([name.rpartition(".")[0] or name for name in names], quantities, MOST)
     labels = list(sizes)
     if not bool((shown.get("wanted", shown["distance"]) > MIN_RADIUS).any()):
         return "No constrained tensor has moved yet."
