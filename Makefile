@@ -29,8 +29,9 @@ benchmark-quick: $(VENV)/.installed-benchmark  ## the same at its smallest, in m
 	$(VENV)/bin/python examples/benchmark/benchmark.py --seeds 1 --epochs 1 --questions 1 --output demo_output/benchmark
 	$(VENV)/bin/python examples/benchmark/summary.py --results demo_output/benchmark
 
-bench: $(VENV)/.installed-demo  ## what each method costs, against the floor: about 45 minutes; goes on where it stopped
+bench: $(VENV)/.installed-demo  ## what each method costs, against the floor: above an hour; goes on where it stopped
 	$(VENV)/bin/python examples/overhead/overhead.py
+	$(VENV)/bin/python examples/overhead/large.py
 	$(VENV)/bin/python examples/overhead/report.py
 
 test: lint tests slow package docs demo-quick oldest compat  ## everything that CI runs

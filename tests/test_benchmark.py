@@ -97,17 +97,23 @@ def test_averages_over_rates_leave_out_seeds_that_lack_one() -> None:
 
 
 def test_whether_auto_is_within_an_error_of_the_best_fixed_rate() -> None:
-    def suite(auto: tuple[float, float]) -> summary.SuiteResults:
+    def suite(auto: tuple[float, ...]) -> summary.SuiteResults:
         fixed = [
-            result(run(TPGM, 0.1, (("radius_lr", rate),), seed), here=0.5 + 0.1 * seed)
+            result(run(TPGM, 0.1, (("radius_lr", rate),), seed), here=0.5 + 0.05 * seed)
             for rate in (0.001, 0.01, 0.1, 1.0)
-            for seed in (0, 1)
+            for seed in (0, 2)
         ]
-        return suite_results([*fixed, *(result(run(TPGM, 0.1, seed=i), here=value) for i, value in enumerate(auto))])
+        seeds = (0, 2) if len(auto) == 2 else (0, 1, 2)
+        found = (result(run(TPGM, 0.1, seed=seed), here=value) for seed, value in zip(seeds, auto, strict=True))
+        return suite_results([*fixed, *found])
 
     assert summary.within_one_error(suite((0.5, 0.58)), 0.1, ["here"])
     assert not summary.within_one_error(suite((0.4, 0.5)), 0.1, ["here"])
     assert summary.within_one_error(suite((0.4, 0.5)), 0.2, ["here"]) is None
+    for other in (0.0, 1.0):  # the fixed rates have no seed 1
+        assert summary.within_one_error(suite((0.5, other, 0.6)), 0.1, ["here"])
+        seeds = [[each.run.seed for each in runs] for runs in suite((0.5, other, 0.6)).radius_rates(0.1)]
+        assert seeds == [[0, 2]] * 5
 
 
 @pytest.fixture

@@ -63,6 +63,12 @@ class SuiteResults:
         found = self.of(method, condition, lr)
         return [(result, others[result.run.seed]) for result in found if result.run.seed in others]
 
+    def radius_rates(self, lr: float) -> list[list[Result]]:
+        """TPGM with its automatic rate, then with each fixed one, at the seeds that all have; nothing without any."""
+        runs = [self.of(TPGM, USUAL, lr, settings) for settings in ({}, *FIXED_RATES)]
+        common = set.intersection(*({result.run.seed for result in run} for run in runs))
+        return [[result for result in run if result.run.seed in common] for run in runs] if common else []
+
 
 def cell(pairs: Sequence[tuple[Result, Result]], domains: Sequence[str]) -> str:
     """A mean accuracy in percent, and the paired difference from the other method with its standard error."""
@@ -150,14 +156,12 @@ def automatic_table(suites: Sequence[SuiteResults]) -> str:
     rows = []
     for suite in suites:
         for lr in suite.rates:
-            runs = [suite.of(TPGM, USUAL, lr, settings) for settings in ({}, *FIXED_RATES)]
-            if all(runs):
-                seeds = min(map(len, runs))
+            if runs := suite.radius_rates(lr):
                 for heading, domains in (
                     ("in distribution", suite.columns["in distribution"]),
                     ("shifted", suite.shifted),
                 ):
-                    means = [f"{fmean(result.mean(domains) for result in run[:seeds]):.1f}" for run in runs]
+                    means = [f"{fmean(result.mean(domains) for result in run):.1f}" for run in runs]
                     rows.append([f"{suite.name}, {lr:g}", heading, *means])
     return markdown(
         ["suite, learning rate", "tested", "auto", *(f"{rate['radius_lr']:g}" for rate in FIXED_RATES)], rows
@@ -166,14 +170,11 @@ def automatic_table(suites: Sequence[SuiteResults]) -> str:
 
 def within_one_error(suite: SuiteResults, lr: float, domains: Sequence[str]) -> bool | None:
     """Whether the automatic rate is within a standard error of the best fixed one; None if one was not run."""
-    auto, *fixed = (suite.of(TPGM, USUAL, lr, settings) for settings in ({}, *FIXED_RATES))
-    if not auto or not all(fixed):
+    if not (runs := suite.radius_rates(lr)):
         return None
-    seeds = min(len(run) for run in (auto, *fixed))
-    best = max(fixed, key=lambda run: fmean(result.mean(domains) for result in run[:seeds]))
-    differences = [
-        one.mean(domains) - other.mean(domains) for one, other in zip(auto[:seeds], best[:seeds], strict=True)
-    ]
+    auto, *fixed = runs
+    best = max(fixed, key=lambda run: fmean(result.mean(domains) for result in run))
+    differences = [one.mean(domains) - other.mean(domains) for one, other in zip(auto, best, strict=True)]
     difference, error = mean_and_error(differences)
     return difference >= -error
 

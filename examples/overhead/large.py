@@ -151,7 +151,8 @@ def one(width: int, depth: int, method: str, processes: int, file: Path) -> None
     trainer.fit(module, DataLoader([batch] * STEPS, batch_size=None))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     found = {"parameters": parameters, "seconds": mean(watch.seconds[1:]), "end": watch.end}
-    print(json.dumps(found | {"during": watch.during, "peak": watch.peak}), flush=True)
+    line = json.dumps(found | {"during": watch.during, "peak": watch.peak})
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())  # at once: two processes write to the same pipe
     if dist.is_initialized():
         dist.destroy_process_group()
 

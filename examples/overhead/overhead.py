@@ -146,12 +146,12 @@ class Clock(pl.Callback):
                     if is_tpgm:
                         optimizer.step()
                         times[f"{name}: projection"] = [seconds(projection, constraint)]
+                if name == "FTP, mars" and naive_ftp is not None:
+                    optimizer.step()
+                    times["naive FTP"] = [seconds(naive_ftp.project)]
             if naive is not None:
                 optimizer.step()
                 times["naive"] = [seconds(naive, pl_module, batch)]
-            if naive_ftp is not None:
-                optimizer.step()
-                times["naive FTP"] = [seconds(naive_ftp.project)]
             if round_ >= 0:
                 for name, values in times.items():
                     self.times.setdefault(name, []).extend(values)

@@ -170,7 +170,7 @@ def read_large(path: Path) -> dict[str, list[dict[str, float]]]:
         for row in csv.DictReader(file):
             figures = {name: float(value) for name, value in row.items() if name not in ("model", "method")}
             found.setdefault(row["method"], []).append(figures)
-    return found
+    return {method: sorted(rows, key=lambda row: row["parameters"]) for method, rows in found.items()}
 
 
 def large_tables(large: Mapping[str, list[dict[str, float]]]) -> str:
