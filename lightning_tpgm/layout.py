@@ -171,10 +171,10 @@ class Layout:
         found = []
         for group, copy, *matrices in zip(self._groups, copies or [None] * len(operands[0]), *operands, strict=True):
             parts = []
-            for first, *others, target in group.blocks(*matrices, matrices[0] if copy is None else copy):
-                parts.append(function(first, *map(self._here, others)))
+            for *operand, target in group.blocks(*matrices, matrices[0] if copy is None else copy):
+                parts.append(function(*map(self._here, operand)))
                 if copy is not None:
-                    target.copy_(first)
+                    target.copy_(operand[0])
             rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             found.append((rows.sum(dim=-1, keepdim=True) if group.one_row and len(parts) > 1 else rows).to(self.dtype))
         return torch.cat(found, dim=-1) if found else torch.empty(0, dtype=self.dtype, device=self._device)
