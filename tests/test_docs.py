@@ -108,6 +108,12 @@ def test_a_sentence_has_at_most_25_words(path: Path) -> None:
     assert [" ".join(sentence) for sentence in words if len(sentence) > 25] == []
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_list_does_not_follow_a_table_at_once(path: Path) -> None:
+    """It would become rows of the table."""
+    assert not re.search(r"^\|.*\|\n[-*\d]", path.read_text(), flags=re.MULTILINE)
+
+
 def text_of(name: str) -> str:
     return (PAGES[0].parent / name).read_text()
 

@@ -483,6 +483,14 @@ def test_names_are_shortened_to_what_differs() -> None:
     assert in_words(list("abcdefghi"), [letter not in "bdfh" for letter in "abcdefghi"]) == "a, c and 3 other parts"
 
 
+def test_blocks_do_not_hold_most_of_a_deep_network() -> None:
+    """At the depth that gives few blocks all encoder layers would be one."""
+    of_layer = [f"encoder.layer.{i}.{part}" for i in range(24) for part in ("query", "out", "dense")]
+    found = blocks([*of_layer, "embeddings.words", "embeddings.norm", "pooler.dense", "classifier"], 24)
+    assert max(map(len, found.values())) == 6
+    assert list(found)[:2] == ["encoder.layer.0-1", "encoder.layer.2-3"]
+
+
 # --- the verdict
 
 
@@ -508,10 +516,11 @@ def test_verdict_says_who_was_held() -> None:
 def test_verdict_says_no_more_than_the_numbers() -> None:
     free = verdict(allowed=[1.0, 1.0], bound=[0.0, 0.09], pinned=[0, 0])
     assert (
-        free == "The whole network moved freely: bound in 0 to 9 % of the steps. So this was nearly plain fine-tuning."
+        free
+        == "All constrained layers moved freely: bound in 0 to 9 % of the steps. So this was nearly plain fine-tuning."
     )
     less = verdict(allowed=[1.0, 1.0], bound=[0.0, 0.2], pinned=[0, 0])
-    assert less == "The whole network moved freely: bound in 0 to 20 % of the steps."
+    assert less == "All constrained layers moved freely: bound in 0 to 20 % of the steps."
     held = verdict(allowed=[0.9, 0.9], bound=[0.8, 0.8], pinned=[0, 0])
     assert held.endswith("and allowed 90 % of the distance that was wanted.")  # no advice
     tight = verdict(allowed=[0.9, 0.4], bound=[0.8, 0.9], pinned=[0, 0])

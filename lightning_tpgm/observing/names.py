@@ -28,6 +28,17 @@ def shortened(names: Sequence[str]) -> list[str]:
     return [".".join(part[first : len(part) - last]) for part in parts]
 
 
+def layers(names: Sequence[str]) -> list[str]:
+    """The layer of each tensor; a tensor beside layers is one of its own.
+
+    >>> layers(["model.position", "model.head.weight", "model.head.bias"])
+    ['model.position', 'model.head', 'model.head']
+    """
+    parents = [name.rpartition(".")[0] for name in names]
+    above = {parent[:end] for parent in parents for end, letter in enumerate(parent) if letter == "."}
+    return [name if not parent or parent in above else parent for name, parent in zip(names, parents, strict=True)]
+
+
 def end_of(name: str, length: int = 38) -> str:
     """A name that is not too long: the end of one says most.
 
@@ -57,7 +68,8 @@ def blocks(names: Sequence[str], most: int) -> Blocks:
     fitting = [cut for cut in cuts if len(cut) <= most]
     best = fitting[-1] if fitting else {}
     finer = cuts[len(fitting)] if len(fitting) < len(cuts) else None
-    if finer is None or len(best) >= most / 4:
+    largest = max(map(len, best.values()), default=len(names))  # tensors in one block
+    if finer is None or (len(best) >= most / 4 and largest <= len(names) / 2):
         return best
     return _together(finer, most)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_tpgm.observing.names import in_words
+from lightning_tpgm.observing.names import in_words, layers
 from lightning_tpgm.observing.reporting import PINNED, by_block, left
 from lightning_tpgm.projection import MIN_RADIUS
 
@@ -26,7 +26,7 @@ def explain(names: Sequence[str], quantities: Mapping[str, Tensor]) -> str:
     """
     if not quantities:
         return "Nothing was constrained yet."
-    sizes, shown = by_block([name.rpartition(".")[0] or name for name in names], quantities, MOST)
+    sizes, shown = by_block(layers(names), quantities, MOST)
     labels = list(sizes)
     if not bool((shown.get("wanted", shown["distance"]) > MIN_RADIUS).any()):
         return "No constrained tensor has moved yet."
@@ -113,11 +113,11 @@ def _distances(labels: Sequence[str], shown: Mapping[str, Tensor], quantities: M
 
 def _who(labels: Sequence[str], chosen: Tensor) -> str:
     whole = len(labels) > 1 and bool(chosen.all())
-    return "The whole network" if whole else in_words(labels, chosen.tolist())
+    return "All constrained layers" if whole else in_words(labels, chosen.tolist())
 
 
 def _was(labels: Sequence[str], chosen: Tensor) -> str:
-    several = 1 < int(chosen.sum()) < len(labels)
+    several = int(chosen.sum()) > 1
     return f"{_who(labels, chosen)} {'were' if several else 'was'}"
 
 
