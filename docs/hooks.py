@@ -133,6 +133,8 @@ class WrittenOut(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Rewrite all signatures. Give callbacks the docstrings that they take over when they are imported."""
         self._package = pkg
+        shared = pkg["callbacks.shared.Shared"].docstring.value
+        self._shared = re.findall(r"^    (\w+): (.*?\.)(?=\s|$)", shared, flags=re.MULTILINE | re.DOTALL)
         for name in ("report", "plot", "explain"):
             pkg["callbacks.asked.Asked"][name].docstring = pkg["observing.shown.Shown"][name].docstring
         self._visit(pkg)
@@ -140,16 +142,34 @@ class WrittenOut(griffe.Extension):
     def _visit(self, of: griffe.Module | griffe.Class) -> None:
         for member in of.members.values():
             if isinstance(member, griffe.Function):
+                if "shared" in member.parameters and member.name == "__init__":
+                    self._write_out_shared(of, member.parameters)
                 for parameter in member.parameters:
                     parameter.annotation = self._meaning(parameter.annotation)
                     parameter.default = self._meaning(parameter.default)
+                member.returns = self._meaning(member.returns)
             elif isinstance(member, griffe.Module | griffe.Class):
                 self._visit(member)
+
+    def _write_out_shared(self, callback: Any, parameters: griffe.Parameters) -> None:
+        """Put the keyword arguments of all callbacks in the place of ``**shared``, each with its first sentence."""
+        base = self._package["callbacks.method.MethodCallback"]["__init__"].parameters
+        del parameters["shared"]
+        for name, _ in self._shared:
+            of_all = base[name]
+            keyword = griffe.ParameterKind.keyword_only
+            parameters.add(griffe.Parameter(name, annotation=of_all.annotation, kind=keyword, default=of_all.default))
+        lines = "".join(f"    {name}: {first}\n" for name, first in self._shared)
+        callback.docstring.value = re.sub(
+            r"^    shared: .*\n", lambda _: lines, callback.docstring.value, flags=re.MULTILINE
+        )
 
     def _meaning(self, written: Any) -> Any:
         if isinstance(written, griffe.ExprBinOp):
             left, right = self._meaning(written.left), self._meaning(written.right)
             return griffe.ExprBinOp(left, written.operator, right)
+        if isinstance(written, griffe.ExprSubscript):
+            return griffe.ExprSubscript(written.left, self._meaning(written.slice))
         if not isinstance(written, griffe.ExprName):
             return written
         package, _, path = written.canonical_path.partition(".")

@@ -33,7 +33,7 @@ class Attached(Shown):
     ) -> None:
         self.method, self.title = method, title
         self.anchors = Anchors(anchor_device)
-        self.reporter = Reporter(self.title)
+        self.reporter = Reporter(self.title, method.growth())
         self.tensors: Constrained | None = None  # those that are constrained now. None: no model is attached
         self._save_anchor = save_anchor
         self._file: AnchorFile | None = None  # what checkpoints name instead of holding anchors
@@ -92,6 +92,7 @@ class Attached(Shown):
 
     def _attach(self, model: nn.Module, candidates: Tensors, state: Mapping[str, Any] | None = None) -> None:
         self._gathering, self._candidates = gathering(model), candidates
+        self.reporter.order = list(candidates)
         self._arrange()
         if state is not None:
             self.load(state)
@@ -165,7 +166,7 @@ class Attached(Shown):
             ValueError: If the state is of another method, its anchors do not fit the model, or there is no model.
         """
         if self.tensors is None:
-            raise ValueError(f"{self.title} is at work on no model. Call load_state_dict before remove.")
+            raise ValueError(f"{self.title} is attached to no model. Call load_state_dict before remove.")
         self._restore(self._candidates, state)
         self._arrange()
         self.load(state)
@@ -173,7 +174,7 @@ class Attached(Shown):
         self.anchors.own()
 
     def recall(self, state: Mapping[str, Any]) -> None:
-        """Know what `state_dict` gave, and be at work on no model."""
+        """Know what `state_dict` gave, and be attached to no model."""
         self.anchors.load_state_dict(put_back(state))
         self._file = None if self._save_anchor else named(state)
         self.load(state)

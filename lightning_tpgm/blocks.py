@@ -33,7 +33,13 @@ def _sums(d: Tensor, norm: Norm) -> Tensor:
 
 
 def step_sums(
-    weight: Tensor, previous: Tensor, anchor: Tensor, gradient: Tensor, norm: Norm, directions: bool
+    weight: Tensor,
+    previous: Tensor,
+    anchor: Tensor,
+    gradient: Tensor,
+    norm: Norm,
+    old_distance: bool,
+    directions: bool,
 ) -> Tensor:
     """What a step asks of every row. What enters is read from memory once, then it is in the cache.
 
@@ -43,15 +49,20 @@ def step_sums(
         anchor: W0, same shape.
         gradient: G, same shape.
         norm: ``"mars"`` or ``"l2"``.
+        old_distance: Whether what adds up to n of D_prev is asked for, too.
         directions: Whether <G_row, D_row> and <G_row, G_row> are asked for, too.
 
     Returns:
-        <G_row, D_prev_row>, what adds up to n of D_prev, and of D, and the two above. Shape (3, R) or (5, R).
+        <G_row, D_prev_row>, what adds up to n of D, and what else is asked for, in this order. Shape (2 to 5, R).
     """
     d = deviation(previous, anchor)
-    found = [(d * gradient).sum(dim=1), _sums(d, norm)]
+    if old_distance:
+        found, more = [(d * gradient).sum(dim=1)], [_sums(d, norm)]
+    else:
+        found, more = [d.mul_(gradient).sum(dim=1)], []
     d = deviation(weight, anchor)
-    more = [(d * gradient).sum(dim=1), gradient.to(d.dtype).square().sum(dim=1)] if directions else []
+    if directions:
+        more += [(d * gradient).sum(dim=1), gradient.to(d.dtype).square().sum(dim=1)]
     return torch.stack([*found, _sums(d, norm), *more])
 
 

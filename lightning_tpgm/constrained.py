@@ -163,6 +163,7 @@ class Constrained:
         previous: Matrices,
         gradients: Sequence[Tensor | None],
         copies: Sequence[Tensor | None] = (),
+        old_distance: bool = True,
         directions: bool = False,
     ) -> Tensor:
         """What a step asks of this process's part of every row, in one pass over the memory of all that enters.
@@ -172,14 +173,15 @@ class Constrained:
             previous: The weights at the step before, W0 + D_prev.
             gradients: G, this process's parts, one per tensor. None counts as zeros.
             copies: The weights are written into these parts on the way, one per tensor; None is left alone.
+            old_distance: Whether what adds up to n of D_prev is asked for, too.
             directions: Whether <G_row, D_row> and <G_row, G_row> are asked for, too.
 
         Returns:
-            <G_row, D_prev_row>, what adds up to n of D_prev, and of D, for `distances`, or in l2 for `total`, and the
-            two above. Shape (3, rows) or (5, rows).
+            <G_row, D_prev_row>, what adds up to n of D, and what else is asked for, in this order. `distances`, or in
+            l2 `total`, adds up. Shape (2 to 5, rows).
         """
-        copies = copies or [None] * len(self.names)
-        return self._layout.step_sums(weights, previous, self.anchors, self.arrange(gradients), copies, directions)
+        copies, grads = copies or [None] * len(self.names), self.arrange(gradients)
+        return self._layout.step_sums(weights, previous, self.anchors, grads, copies, old_distance, directions)
 
     def distances(self, sums: Tensor) -> Tensor:
         """n of every row from what adds up to it, any shape (..., rows)."""

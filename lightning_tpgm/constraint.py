@@ -153,7 +153,7 @@ class Constraint(Attached):
     def troubles(self, quantities: Quantities) -> Iterator[str]:
         """What goes wrong silently, each once; waits for the device."""
         if self.tensors is not None:
-            yield from self.reporter.troubles(quantities, self.tensors.size, self.method.growth())
+            yield from self.reporter.troubles(quantities, self.tensors.size)
             yield from self.reporter.outside(self.tensors.names)
 
     @torch.no_grad()

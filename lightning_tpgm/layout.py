@@ -96,14 +96,15 @@ class Layout:
         anchors: Matrices,
         gradients: Matrices,
         copies: Sequence[Tensor | None],
+        old_distance: bool,
         directions: bool,
     ) -> Tensor:
-        """What a step asks of every row, see `lightning_tpgm.blocks.step_sums`, shape (3, rows) or (5, rows).
+        """What a step asks of every row, see `lightning_tpgm.blocks.step_sums`, shape (2 to 5, rows).
 
         The weights are written into the copies, one for each tensor, on the way; None is left alone.
         """
         targets = [None if group.is_missing(copies) else group.to_write(copies, reads=False) for group in self._groups]
-        function = partial(blocks.step_sums, norm=self._kind, directions=directions)
+        function = partial(blocks.step_sums, norm=self._kind, old_distance=old_distance, directions=directions)
         found = self._of_rows(function, weights, previous, anchors, gradients, copies=targets)
         for group, target in zip(self._groups, targets, strict=True):
             if target is not None:

@@ -18,7 +18,7 @@ from lightning_tpgm.methods import TPGM, Method
 from lightning_tpgm.optimizers import is_optimizer
 from lightning_tpgm.pretrained import Pretrained, path_of, read_pretrained
 from lightning_tpgm.references import check_save_anchor
-from lightning_tpgm.selection import constrainable
+from lightning_tpgm.selection import check_patterns, constrainable
 from lightning_tpgm.sharding import reshard
 
 
@@ -76,8 +76,7 @@ def constrain(
         raise TypeError(
             f"`method` should be an object of lightning_tpgm.methods, TPGM() for instance, found {method!r}."
         )
-    if isinstance(exclude, str):
-        raise TypeError(f"`exclude` should be a sequence of patterns, found {exclude!r}. Write [{exclude!r}].")
+    check_patterns(exclude)
     given: Any = optimizers
     followed: list[Optimizer] = [given] if is_optimizer(given) else list(given)
     model = _unwrapped(model)

@@ -146,7 +146,7 @@ def match_names(
     best = max(fitting, key=lambda naming: (len(fitting[naming]), not naming.prefix))
     if not fitting[best]:
         raise ValueError(
-            f"`pretrained` matches no parameter by name and shape. It holds {_some(pretrained)}; the parameters to"
+            f"`pretrained` matches no parameter by name and shape. It holds {_some(pretrained)}. The parameters to"
             f" constrain are {_some(parameters)}. Pass the weights of this module, or a mapping with its parameter"
             " names."
         )
@@ -169,9 +169,9 @@ def match_names(
     ]
     missing = [name for name in parameters if name not in named[best]]
     if other_shape:
-        report(f"`pretrained` has another shape, not constrained: {', '.join(other_shape)}.")
+        report(f"Not constrained, because `pretrained` has them in another shape: {', '.join(other_shape)}.")
     if missing:
-        report(f"`pretrained` lacks, not constrained: {', '.join(missing)}.")
+        report(f"Not constrained, because `pretrained` lacks them: {', '.join(missing)}.")
     return matched
 
 

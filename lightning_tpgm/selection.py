@@ -21,6 +21,13 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_forward_module"))
 
 
+def check_patterns(exclude: object) -> None:
+    """Raise a TypeError unless this is a sequence of strings, but no string."""
+    remedy = f" Write [{exclude!r}]." if isinstance(exclude, str) else ""
+    if remedy or not isinstance(exclude, Sequence) or not all(isinstance(pattern, str) for pattern in exclude):
+        raise TypeError(f"`exclude` should be a sequence of patterns, found {exclude!r}.{remedy}")
+
+
 def constrainable(module: nn.Module, exclude: Sequence[str] = (), buffers: bool = False) -> dict[str, Tensor]:
     """The parameters that a constraint may act on, frozen ones included, by name.
 

@@ -163,7 +163,7 @@ def test_prefix_next_to_a_new_head() -> None:
     assert list(found) == ["backbone.conv.weight"]
     assert reports == [
         "`pretrained` fits with prefix 'backbone.' put before its names.",
-        "`pretrained` lacks, not constrained: fc.bias, fc.weight.",
+        "Not constrained, because `pretrained` lacks them: fc.bias, fc.weight.",
     ]
 
 
@@ -173,13 +173,16 @@ def test_a_name_that_fits_by_chance_does_not_hide_the_prefix() -> None:
     assert found == {f"backbone.{name}": tensor for name, tensor in given.items()}
     assert reports == [
         "`pretrained` fits with prefix 'backbone.' put before its names.",
-        "`pretrained` lacks, not constrained: scale.",
+        "Not constrained, because `pretrained` lacks them: scale.",
     ]
 
 
 def test_names_as_they_are_come_before_an_equally_good_prefix() -> None:
     given = tensors("w")
-    assert matched(given, tensors("w", "copy.w")) == (given, ["`pretrained` lacks, not constrained: copy.w."])
+    assert matched(given, tensors("w", "copy.w")) == (
+        given,
+        ["Not constrained, because `pretrained` lacks them: copy.w."],
+    )
 
 
 def test_prefix_that_includes_another_is_not_ambiguous() -> None:
@@ -226,7 +229,7 @@ def test_other_shapes_are_not_constrained_and_reported() -> None:
     found, reports = matched(given, parameters)
     assert list(found) == ["body"]
     assert reports == [
-        "`pretrained` has another shape, not constrained: head.weight (4, 3) (pretrained (10, 3)),"
+        "Not constrained, because `pretrained` has them in another shape: head.weight (4, 3) (pretrained (10, 3)),"
         " head.bias (4,) (pretrained (10,))."
     ]
 
@@ -241,13 +244,13 @@ def test_shapes_are_compared_whole() -> None:
 def test_missing_parameters_are_not_constrained_and_reported() -> None:
     found, reports = matched(tensors("a"), tensors("a", "head.weight", "head.bias"))
     assert list(found) == ["a"]
-    assert reports == ["`pretrained` lacks, not constrained: head.weight, head.bias."]
+    assert reports == ["Not constrained, because `pretrained` lacks them: head.weight, head.bias."]
 
 
 def test_nothing_matches_is_an_error_that_shows_both_sides() -> None:
     given, parameters = tensors("x.1", "x.2", "x.3", "x.4", "x.5"), {"body.w": torch.zeros(3), "body.b": torch.zeros(3)}
     message = (
-        r"matches no parameter by name and shape\. It holds 'x\.1', 'x\.2', 'x\.3' and 2 more; the parameters to"
+        r"matches no parameter by name and shape\. It holds 'x\.1', 'x\.2', 'x\.3' and 2 more\. The parameters to"
         r" constrain are 'body\.w', 'body\.b'\. Pass the weights of this module"
     )
     with pytest.raises(ValueError, match=message):
@@ -271,8 +274,8 @@ def test_what_pretrained_lacks_is_trained_freely_and_reported(caplog: pytest.Log
     free = {"head.weight", "head.bias", "hidden.bias"}
     assert set(callback.radii) == set(callback.distances) == set(before) - free
     assert "TPGMCallback: `pretrained` fits with prefix 'net.' taken from its names." in caplog.text
-    assert "not constrained: hidden.bias (5,) (pretrained (7,))." in caplog.text
-    assert "`pretrained` lacks, not constrained: head.weight, head.bias." in caplog.text
+    assert "in another shape: hidden.bias (5,) (pretrained (7,))." in caplog.text
+    assert "Not constrained, because `pretrained` lacks them: head.weight, head.bias." in caplog.text
 
     assert not torch.equal(module.head.weight, before["head.weight"])
 

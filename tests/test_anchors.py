@@ -212,8 +212,8 @@ def test_what_pretrained_lacks_is_not_constrained_and_reported() -> None:
     anchors.begin_from({"a": torch.ones(2, 3), "odd": torch.ones(3, 2)}, found, reports.append)
     assert anchors.join(frozen=True) == ["a"]
     assert reports == [
-        "`pretrained` has another shape, not constrained: odd (2, 3) (pretrained (3, 2)).",
-        "`pretrained` lacks, not constrained: head.",
+        "Not constrained, because `pretrained` has them in another shape: odd (2, 3) (pretrained (3, 2)).",
+        "Not constrained, because `pretrained` lacks them: head.",
     ]
 
 
@@ -456,7 +456,7 @@ def test_go_on_takes_the_pretrained_value_of_new_parameters_alone() -> None:
     assert anchors.join() == ["new"]
     assert_same(anchors.joined, {"a": first["a"].detach() + 1, "new": given["new"]})
     assert_same(kept(anchors), {"frozen": None})
-    assert reports == ["`pretrained` lacks, not constrained: head."]
+    assert reports == ["Not constrained, because `pretrained` lacks them: head."]
 
 
 AGAIN = (

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
@@ -55,6 +56,7 @@ def fit(module: pl.LightningModule, *callbacks: pl.Callback, **options: Any) -> 
 NOT_LOADER = "`dataloader` should be a loader, a function that returns one, an import path or None, found ..."
 NOT_PATH = "`dataloader` should be an import path like 'my_project.data:held_out', found ..."
 NOT_PATTERNS = "`exclude` should be a sequence of patterns, found ..."
+NOT_IN_BRACKETS = "`exclude` should be a sequence of patterns, found 'head.*'. Write ['head.*']."
 NOT_PRETRAINED = "`pretrained` should be a path, a mapping of tensors by name, a module or None, found ..."
 NOT_LOSS = "`loss` should be None, 'validation_step' or a callable (pl_module, batch) -> Tensor, found ..."
 BAD_ARGUMENTS: list[tuple[str, Any, str]] = [
@@ -69,7 +71,8 @@ BAD_ARGUMENTS: list[tuple[str, Any, str]] = [
     *(("norm", v, "`norm` should be one of 'mars', 'l2', found ...") for v in ("l1", "MARS", None, 2, ["l2"])),
     *(("radius_steps", v, "`radius_steps` should be a positive integer, found ...") for v in (0, -1, 1.0, True, "2")),
     *(("every_n_steps", v, "`every_n_steps` should be a positive integer, found ...") for v in (0, -3, 2.5, False)),
-    *(("exclude", v, NOT_PATTERNS) for v in ("head.*", [1], [None], {"head.*"}, 3, None)),
+    ("exclude", "head.*", NOT_IN_BRACKETS),
+    *(("exclude", v, NOT_PATTERNS) for v in ([1], [None], {"head.*"}, 3, None)),
     *(("pretrained", v, NOT_PRETRAINED) for v in (3, ["a.ckpt"], torch.zeros(2))),
     *(
         ("anchor_device", v, "`anchor_device` should be None or 'cpu', found ...")
@@ -77,13 +80,17 @@ BAD_ARGUMENTS: list[tuple[str, Any, str]] = [
     ),
     *(("loss", v, NOT_LOSS) for v in ("training_step", "val", 3, ["validation_step"])),
     *(("dataloader", v, NOT_LOADER) for v in (3, 0.5, object())),
+    *(
+        ("dataloader", v, f"`dataloader` should be a loader, found a {type(v).__name__} of shape (3, 4). Pass ...")
+        for v in (torch.zeros(3, 4), np.zeros((3, 4)))
+    ),
     *(("dataloader", v, NOT_PATH) for v in ("held_out", "", "my project:data", "my_project.data:", "a:b:c", "1a.b")),
 ]
 
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD_ARGUMENTS)
 def test_bad_argument(name: str, value: Any, message: str) -> None:
-    with says(message.replace("...", f"{value!r}.")):
+    with says(message.replace("found ...", f"found {value!r}.")):
         TPGMCallback(**{name: value})
 
 
@@ -379,7 +386,7 @@ def test_dataloader_that_leads_to_none(dataloader: Any, message: str) -> None:
 # --- nothing left to constrain
 
 NOTHING = (
-    "TPGMCallback has nothing to constrain: of 11 parameters {left} remain after `exclude` = {exclude}, and none of"
+    "TPGMCallback has nothing to constrain. Of 11 parameters, {left} remain after `exclude` = {exclude}, and none of"
     " them is trainable. Exclude less, or unfreeze some (a `BaseFinetuning` callback may do so later)."
 )
 
@@ -506,7 +513,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "other model": (
         lambda path: write(nn.Linear(7, 7).state_dict(), path),
-        "`pretrained` matches no parameter by name and shape. It holds 'weight', 'bias'; the parameters to constrain"
+        "`pretrained` matches no parameter by name and shape. It holds 'weight', 'bias'. The parameters to constrain"
         " are 'scale', 'backbone.0.weight', 'backbone.0.bias' and 8 more. Pass the weights of this module, or a mapping"
         " with its parameter names.",
     ),
@@ -604,7 +611,7 @@ def resume(path: Path, callback: TPGMCallback) -> None:
 def test_resumed_without_the_callbacks_state(tmp_path: Path) -> None:
     path = checkpoint_without_state(tmp_path)
     message = (
-        f"The checkpoint '{path}' has no state of this TPGMCallback (key \"TPGMCallback{{'exclude': []}}\"), so the"
+        f"The checkpoint '{path}' has no state of this TPGMCallback (key \"TPGMCallback{{'exclude': []}}\"). So the"
         " pretrained weights are not known any more. Pass them as `pretrained`, for instance the checkpoint that the"
         " first run started from."
     )
@@ -670,7 +677,7 @@ def test_two_instances_with_the_same_exclude() -> None:
 def test_two_instances_for_the_same_parameters() -> None:
     message = (
         "TPGMCallback(...exclude=('head.*',)...) and TPGMCallback(...exclude=()...) both learn a radius for 9"
-        " parameters, 'backbone.0.bias' among them: each would take the other's projection for the optimizer's step."
+        " parameters, 'backbone.0.bias' among them. Each would take the other's projection for the optimizer's step."
         " Exclude them in one."
     )
     with says(message):

@@ -89,8 +89,8 @@ def test_a_sweep_after_tpgm() -> None:
 def test_two_radii_for_the_same_parameters_are_refused(order: tuple[int, ...]) -> None:
     both = [TPGMCallback(exclude=HEAD), FTPCallback()]
     message = (
-        r"both learn a radius for 9 parameters, 'backbone.0.bias' among them:"
-        r" each would take the other's projection for the optimizer's step\. Exclude them in one\.$"
+        r"both learn a radius for 9 parameters, 'backbone.0.bias' among them\."
+        r" Each would take the other's projection for the optimizer's step\. Exclude them in one\.$"
     )
     with pytest.raises(MisconfigurationException, match=message) as error:
         trained(*(both[i] for i in order))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,43 @@ def test_recipe_freezes_the_statistics() -> None:
     found = network.state_dict()
     assert not torch.equal(found["features.0.weight"], pretrained["features.0.weight"])
     assert torch.equal(found["features.1.running_mean"], pretrained["features.1.running_mean"])
+
+
+def _text(node: ast.AST) -> str:
+    """A literal with X in the place of what is put in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_text, node.values))
+    return str(node.value) if isinstance(node, ast.Constant) else "X"
+
+
+def _messages(path: Path) -> Iterator[str]:
+    """All texts of a file but its docstrings."""
+    tree = ast.parse(path.read_text())
+    spare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        spare |= {id(part) for part in ast.walk(node) if isinstance(node, ast.JoinedStr) and part is not node}
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+        if is_text and id(node) not in spare:
+            yield _text(node)
+
+
+def test_sentences_of_messages_are_short() -> None:
+    """No chain of semicolons, either. How long what is put in gets is for other tests."""
+    files = sorted((PAGES[0].parents[1] / "lightning_tpgm").rglob("*.py"))
+    sentences = [s for path in files for text in _messages(path) for s in re.split(r"(?<=[.!?])\s+", text)]
+    assert len(sentences) > 1000
+    assert [s for s in sentences if len(s.split()) > 25 or ("; " in s and len(s.split()) > 5)] == []
+
+
+def test_quoted_messages_are_those_of_the_package() -> None:
+    """Between the dots of a quotation stand the very words."""
+    files = (PAGES[0].parents[1] / "lightning_tpgm").rglob("*.py")
+    said = [text for path in files for text in _messages(path)]
+    page = text_of("troubleshooting.md")
+    table = page.partition("## Ten common mistakes")[2].partition("##")[0]
+    quotes = re.findall(r'\*"([^"]+)"\*', page) + re.findall(r'(?<=[| ])"([^"]+)"(?=[ ,])', table)
+    assert len(quotes) >= 19
+    words = {part.strip() for quote in quotes for part in quote.split("...") if part.strip()}
+    assert [part for part in sorted(words) if not any(part in text for text in said)] == []
+    assert len(re.findall(r"^\| (?!mistake)[^-]", table, flags=re.MULTILINE)) == 10

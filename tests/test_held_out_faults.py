@@ -140,8 +140,10 @@ def test_a_batch_of_another_structure_is_the_first_cause(tmp_path: Path) -> None
     assert (
         "a batch that is a dict with the keys ['image', 'label'] (['image']: uint8 tensor of shape (4, 3, 4), " in text
     )
-    differs = "It differs in structure from the last training batch: it is dict with the keys ['image', 'label'], in"
-    assert f"{differs} training list of 2.\n" in text
+    differs = (
+        "It differs in structure from the last training batch: the batch is a dict with the keys ['image', 'label'], in"
+    )
+    assert f"{differs} training a list of 2.\n" in text
     assert "likeliest first:\n(1) held-out batches look different from those that it is written for" in text
     assert type(caught.value.__cause__) is not MisconfigurationException
 
@@ -168,7 +170,7 @@ def test_the_number_of_examples_is_no_difference(size: int, tmp_path: Path) -> N
     loader = DataLoader(TensorDataset(torch.zeros(size, 2), torch.zeros(size, dtype=torch.long)), size)
     with pytest.raises(MisconfigurationException) as caught:
         fit(tmp_path, Classifier(), TPGMCallback(loader))
-    differs = f"[0] is float32 tensor of shape ({size}, 2), in training float32 tensor of shape (8, 6).\n"
+    differs = f"[0] is a float32 tensor of shape ({size}, 2), in training a float32 tensor of shape (8, 6).\n"
     assert f"It differs in structure from the last training batch: {differs}" in str(caught.value)
 
 

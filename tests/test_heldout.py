@@ -640,7 +640,7 @@ def test_no_held_out_data_is_an_error(datamodule: bool, tmp_path: Path) -> None:
 
 
 def test_no_validation_loader_in_the_list_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="held-out loader gave no batch: it is empty"):
+    with pytest.raises(MisconfigurationException, match=r"because there is no validation loader\. Pass `dataloader`"):
         fit_two_epochs(tmp_path, Classifier(), Blobs().train_dataloader(), [])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import compress
 from typing import Any
 
 import pytest
@@ -96,20 +97,21 @@ def test_rows_and_projections_are_those_of_one_tensor(
     shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=12),
     norm=st.sampled_from(["mars", "l2"]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    old=st.booleans(),
     directions=st.booleans(),
     last=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_one_pass_gives_what_a_step_asks_for(
-    shapes: list[tuple[int, ...]], norm: Norm, dtype: torch.dtype, directions: bool, last: bool, seed: int
+    shapes: list[tuple[int, ...]], norm: Norm, dtype: torch.dtype, old: bool, directions: bool, last: bool, seed: int
 ) -> None:
     """The copies may be the previous weights, and those of every third tensor are left alone."""
     weights, previous, anchors, grads = (some(shapes, seed + i, dtype) for i in range(4))
     moved, before = ([deviation(*pair) for pair in zip(of, anchors, strict=True)] for of in (weights, previous))
     expected = [
         [row_dot(g, d, norm) for g, d in zip(grads, before, strict=True)],
-        [row_distance(d, norm) for d in before],
         [row_distance(d, norm) for d in moved],
+        [row_distance(d, norm) for d in before],
         [row_dot(g, d, norm) for g, d in zip(grads, moved, strict=True)],
         [row_dot(g, g.to(d.dtype), norm) for g, d in zip(grads, moved, strict=True)],
     ]
@@ -121,10 +123,12 @@ def test_one_pass_gives_what_a_step_asks_for(
         weight if index % 3 else target.clone()
         for index, (target, weight) in enumerate(zip(targets, weights, strict=True))
     ]
-    sums = layout.step_sums(w, p, a, g, kept, directions)
-    sums[1:3] = from_sums(sums[1:3], norm)
-    assert len(sums) == (5 if directions else 3)
-    for found, values in zip(sums, expected, strict=False):
+    sums = layout.step_sums(w, p, a, g, kept, old, directions)
+    asked = [True, True, old, directions, directions]
+    distances = slice(1, 3 if old else 2)
+    sums[distances] = from_sums(sums[distances], norm)
+    assert len(sums) == sum(asked)
+    for found, values in zip(sums, compress(expected, asked), strict=True):
         torch.testing.assert_close(rows_in_order(layout, found, len(shapes)), one_by_one(values))
     assert all(map(torch.equal, targets, left))
 

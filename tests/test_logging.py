@@ -92,7 +92,7 @@ def test_none(tmp_path: Path) -> None:
         (
             FTPCallback,
             ["ftp/binding", "ftp/bound", "ftp/distance", "ftp/mean_ratio", "ftp/min_ratio", "ftp/pinned"],
-            ["ftp_bound", "ftp_distance", "ftp_radius", "ftp_ratio"],
+            ["ftp_allowed", "ftp_bound", "ftp_distance", "ftp_radius", "ftp_ratio", "ftp_wanted"],
         ),
         (DiGraPCallback, ["digrap/distance", "digrap/mean_omega"], ["digrap_distance", "digrap_omega"]),
         (SPDCallback, ["spd/distance"], ["spd_distance"]),
@@ -163,7 +163,8 @@ def test_tensorboard(tmp_path: Path) -> None:
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("tpgm")}
-    each = {f"tpgm_{quantity}/{name}" for quantity in ("radius", "distance", "ratio", "bound") for name in NAMES}
+    quantities = ("radius", "distance", "ratio", "bound", "wanted", "allowed")
+    each = {f"tpgm_{quantity}/{name}" for quantity in quantities for name in NAMES}
     assert tags == each | {f"tpgm/{name}" for name in SUMMARY}
     for tag in tags:
         end = [] if tag == "tpgm/heldout_loss" else [6]  # it was logged with its update

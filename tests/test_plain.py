@@ -254,7 +254,7 @@ def test_options_are_the_callbacks(name: str, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level("INFO", logger="lightning_tpgm"):
         loop = Loop(case, **options)
     title = type(loop.constraint.method).__name__
-    assert f"{title}: `pretrained` lacks, not constrained: head.weight, head.bias." in caplog.messages
+    assert f"{title}: Not constrained, because `pretrained` lacks them: head.weight, head.bias." in caplog.messages
     assert_same(loop.train(TRAIN).outcome(), outcome(module, trainer.optimizers[0], callback))
     kept = {n: weight for n, weight in parameters(toy(3)).items() if not n.startswith(("head.", "hidden."))}
     assert_same(loop.constraint.anchor, kept)
@@ -939,5 +939,5 @@ def test_errors_of_what_is_passed() -> None:
     with pytest.raises(ValueError, match=r"^The state is not one of DiGraP: it lacks 'omegas'"):
         constrain(linear, DiGraP(), optimizer).load_state_dict(state)
     constraint.remove()
-    with pytest.raises(ValueError, match=r"^FTP is at work on no model. Call load_state_dict before remove"):
+    with pytest.raises(ValueError, match=r"^FTP is attached to no model. Call load_state_dict before remove"):
         constraint.load_state_dict(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from lightning_tpgm.observing.names import blocks, in_words, shortened
 from lightning_tpgm.observing.plotting import BLUE, ORANGE, ROWS, plot_layers, plot_steps
 from lightning_tpgm.observing.reporting import PINNED, by_block
 from lightning_tpgm.observing.table import print_table
-from lightning_tpgm.observing.verdict import explain
+from lightning_tpgm.observing.verdict import FEW, explain
 from lightning_tpgm.projection import MIN_RADIUS
 from properties import assert_same, distances, resolution
 from toys import Toy, quiet_trainer, toy, train_loader, val_loader
@@ -105,7 +106,7 @@ def test_report_after_the_fact(tmp_path: Path) -> None:
     assert min(row["ratio"] for row in rows) < 0.99
     _, axes = callback.plot()
     assert {text.get_text() for text in axes.texts} == {"before", "after"}
-    assert axes.figure.axes[1].get_title("left") == "ratio, %"
+    assert axes.figure.axes[1].get_title("left") == "kept, %"
     assert " of the distance" in callback.explain()
     assert "steps" not in callback.explain()
 
@@ -214,7 +215,7 @@ def test_counts_go_on_after_a_checkpoint(make: Any, tmp_path: Path) -> None:
 def test_table_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     callback = fitted(TPGMCallback(summary=True))
     out = capsys.readouterr().out
-    for expected in ("TPGMCallback(", "backbone.0.weight", "wanted", "allowed", "ratio", "bound in steps", "tensors"):
+    for expected in ("TPGMCallback", "backbone.0.weight", "wanted", "allowed", "ratio", "bound in steps", "tensors"):
         assert expected in out
     rows = {row["name"]: row for row in callback.report()}
     line = next(line for line in out.splitlines() if "hidden.weight" in line)
@@ -374,19 +375,78 @@ def test_layers_plot_shows_the_report() -> None:
         places = [pytest.approx([row[end], i], rel=1e-6) for i, row in enumerate(rows) if row["wanted"] > MIN_RADIUS]
         assert [place for place in drawn[end] if None not in place] == places  # others have not moved
     assert {text.get_text() for text in axes.texts} == {"wanted", "allowed"}
-    (bars,) = (other for other in figure.axes if other is not axes)
-    assert [bar.get_width() for bar in bars.patches] == pytest.approx([100 * row["bound"] for row in rows])
-    assert [text.get_text() for text in bars.texts] == [f"{100 * row['bound']:.0f}" for row in rows]
+    kept, bound = (other for other in figure.axes if other is not axes)
+    assert [bar.get_width() for bar in bound.patches] == pytest.approx([100 * row["bound"] for row in rows])
+    assert [text.get_text() for text in bound.texts] == [f"{100 * row['bound']:.0f}" for row in rows]
+    moved = [row["wanted"] > 0 for row in rows]
+    shares = [100 * row["allowed"] / row["wanted"] if moves else 100 for row, moves in zip(rows, moved, strict=True)]
+    assert [bar.get_width() for bar in kept.patches] == pytest.approx(shares)
+    assert [other.get_title("left") for other in (kept, bound)] == ["kept, %", "bound, %"]
 
 
 def test_layers_plot_marks_what_is_pinned() -> None:
     ones = torch.ones(2)
     quantities = {"wanted": ones, "allowed": ones / 2, "bound": ones, "pinned": torch.tensor([0.9, 0.1])}
     figure, _ = plot_layers(["a", "b"], {"radius": ones, "distance": ones, **quantities}, "")
-    bars = figure.axes[1]
+    bars = figure.axes[2]
     assert [text.get_text() for text in bars.texts] == ["100 pinned", "100"]
     colors = [matplotlib.colors.to_hex(bar.get_facecolor()).upper() for bar in bars.patches]
     assert colors == [ORANGE, BLUE]
+
+
+def test_layers_plot_marks_what_its_scale_does_not_reach() -> None:
+    """A pinned tensor was allowed 1e-8: that would take all of a logarithmic scale."""
+    wanted, allowed = torch.tensor([1.0, 1.0]), torch.tensor([1e-8, 0.5])
+    quantities = {"wanted": wanted, "allowed": allowed, "bound": wanted, "pinned": torch.tensor([1.0, 0.0])}
+    _, axes = plot_layers(["a", "b"], {"distance": allowed, **quantities}, "")
+    drawn = {c.get_label(): c.get_offsets().tolist() for c in axes.collections}
+    assert [place for place in drawn["allowed"] if None not in place] == [[0.5, 1.0]]
+    ((end, row),) = (place for place in drawn["allowed less than the scale shows"] if None not in place)
+    assert (end, row) == (pytest.approx(1e-4), 0.0)
+
+
+def test_layers_plot_says_that_nothing_has_moved() -> None:
+    for quantities in (
+        {"distance": torch.zeros(2)},
+        {name: torch.zeros(2) for name in ("distance", "wanted", "allowed")},
+    ):
+        _, axes = plot_layers(["a", "b"], quantities, "")
+        assert [text.get_text() for text in axes.texts] == ["no constrained tensor has moved"]
+        axes.figure.canvas.draw()
+
+
+def test_steps_are_whole_numbers() -> None:
+    _, axes = plot_steps(["a", "b"], [7], torch.ones(1, 2), "", "distance")
+    axes.figure.canvas.draw()
+    shown = [label.get_text() for label in axes.get_xticklabels() if 6.5 <= label.get_position()[0] <= 7.5]
+    assert shown == ["7"]
+
+
+@pytest.mark.parametrize("make", [TPGMCallback, L2SPCallback])
+def test_what_thaws_late_stands_where_the_model_has_it(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    class Thaws(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.backbone.requires_grad_(False)
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.backbone.requires_grad_(trainer.current_epoch > 0)
+
+    callback = make(summary=True)
+    module = toy()
+    quiet_trainer(Thaws(), callback, max_epochs=2).fit(module, train_loader(), val_loader())
+    names = [name for name, _ in module.named_parameters()]
+    assert list(callback.anchor) != names
+    for asked in (callback, deepcopy(callback)):
+        rows = {row["name"]: row for row in asked.report()}
+        assert list(rows) == names
+        assert all(rows[name]["distance"] == distance for name, distance in asked._constraint.distances.items())
+        for over in ("layers", "steps"):
+            assert [label.get_text() for label in asked.plot(over)[1].get_yticklabels()] == names
+        _, axes = asked.plot("steps")
+        drawn = axes.collections[0].get_array()
+        assert drawn[:, -1].tolist() == pytest.approx([max(rows[name]["distance"], drawn.min()) for name in names])
+    table = capsys.readouterr().out
+    assert table.index("backbone.0.weight") < table.index("head.weight")
 
 
 def test_ratio_over_the_steps() -> None:
@@ -480,7 +540,7 @@ def test_names_are_shortened_to_what_differs() -> None:
     assert shortened(["a.weight", "a.bias"]) == ["weight", "bias"]
     assert shortened(["a", "a.b"]) == ["a", "a.b"]
     assert shortened(["only.one"]) == ["only.one"]
-    assert in_words(list("abcdefghi"), [letter not in "bdfh" for letter in "abcdefghi"]) == "a, c and 3 other parts"
+    assert in_words(list("abcdefghi"), [letter not in "bdfh" for letter in "abcdefghi"]) == "a, c and 3 others"
 
 
 def test_blocks_do_not_hold_most_of_a_deep_network() -> None:
@@ -494,22 +554,21 @@ def test_blocks_do_not_hold_most_of_a_deep_network() -> None:
 # --- the verdict
 
 
-def verdict(**shares: list[float]) -> str:
+def verdict(steps: int = 500, is_fixed: bool = False, **shares: list[float]) -> str:
     """Of tensors of the layers a, b, c, ..."""
     count = len(shares["bound"])
     wanted = torch.tensor(shares.pop("wanted", [1.0] * count))
     quantities = {name: torch.tensor(values) for name, values in shares.items()}
     names = [f"{letter}.weight" for letter in "abcdefgh"[:count]]
-    return explain(names, {"radius": wanted, "distance": wanted, "wanted": wanted, **quantities})
+    return explain(names, {"radius": wanted, "distance": wanted, "wanted": wanted, **quantities}, steps, is_fixed)
 
 
 def test_verdict_says_who_was_held() -> None:
     text = verdict(allowed=[1e-3, 1e-3, 0.8, 0.99], bound=[1, 1, 0.6, 0.1], pinned=[0.8, 0.95, 0, 0])
     assert text == (
-        "d moved freely: bound in 10 % of the steps. c was held back: bound in 60 % of the steps, and"
-        " allowed 80 % of the distance that was wanted. a and b were pinned: at the pretrained value"
-        " in 80 to 95 % of the steps; lower the learning rate, or exclude them, if accuracy in distribution matters"
-        " more."
+        "d moved freely: bound in 10 % of the steps. c was held back: bound in 60 % of the steps, and kept 80 % of the"
+        " distance. a and b were pinned: held almost at the pretrained value in 80 to 95 % of the steps. For more"
+        " accuracy in distribution, lower the learning rate, or exclude them."
     )
 
 
@@ -522,14 +581,32 @@ def test_verdict_says_no_more_than_the_numbers() -> None:
     less = verdict(allowed=[1.0, 1.0], bound=[0.0, 0.2], pinned=[0, 0])
     assert less == "All constrained layers moved freely: bound in 0 to 20 % of the steps."
     held = verdict(allowed=[0.9, 0.9], bound=[0.8, 0.8], pinned=[0, 0])
-    assert held.endswith("and allowed 90 % of the distance that was wanted.")  # no advice
+    assert held.endswith("and kept 90 % of the distance.")  # no advice
     tight = verdict(allowed=[0.9, 0.4], bound=[0.8, 0.9], pinned=[0, 0])
-    assert "b was held tightly: bound in 90 % of the steps, and allowed 40 %" in tight
-    assert tight.endswith("; lower the learning rate, or exclude it, if accuracy in distribution matters more.")
+    assert "b was held tightly: bound in 90 % of the steps, and kept 40 % of the distance." in tight
+    assert tight.endswith(" For more accuracy in distribution, lower the learning rate, or exclude it.")
     all_pinned = verdict(allowed=[0, 0.0], bound=[1.0, 1.0], pinned=[1.0, 1.0])
-    assert "exclude" not in all_pinned  # nothing would be left
+    assert all_pinned.endswith(" lower the learning rate.")  # if all were excluded, nothing would be left
     still = verdict(allowed=[0.0], bound=[0.0], pinned=[0.0], wanted=[0.0])
     assert still == "No constrained tensor has moved yet."
+
+
+def test_verdict_advises_nothing_after_few_steps() -> None:
+    """Radii start at half of the first distance: all are tight then."""
+    tight = {"allowed": [0.9, 0.4], "bound": [0.8, 0.9], "pinned": [0.0, 0]}
+    assert verdict(49, **tight).endswith(" of the distance. After 49 steps this says little yet.")
+    assert "exclude it" in verdict(50, **tight)
+
+
+def test_verdict_knows_that_a_fixed_rate_holds_radii_back() -> None:
+    text = verdict(is_fixed=True, allowed=[0.4, 0.9], bound=[0.9, 0.8], pinned=[0, 0])
+    assert text.endswith("For more accuracy in distribution, raise `radius_lr` or use 'auto', or exclude it.")
+    loaders = train_loader(), val_loader()
+    for rate in (1e-9, "auto"):
+        callback = TPGMCallback(radius_lr=rate, every_n_steps=1)  # type: ignore[arg-type]
+        trainer = quiet_trainer(callback, max_epochs=-1, max_steps=FEW)
+        trainer.fit(toy(), *loaders)
+        assert ("raise `radius_lr`" in callback.explain()) is (rate != "auto")
 
 
 def test_verdict_names_no_tensor_that_had_no_step() -> None:
@@ -547,17 +624,27 @@ def test_verdict_judges_layers_not_their_tensors() -> None:
         "pinned": [0.0] * 5,
     }
     quantities = {name: torch.tensor(values) for name, values in vectors.items()}
-    text = explain(names, {**quantities, "distance": quantities["allowed"]})
+    text = explain(names, {**quantities, "distance": quantities["allowed"]}, 500)
     assert text == (
         "layers.1 and scale moved freely: bound in 0 % of the steps. layers.0 was held back: bound in 75 % of the"
-        " steps, and allowed 80 % of the distance that was wanted."
+        " steps, and kept 80 % of the distance."
     )
 
 
-def test_verdict_has_at_most_three_sentences() -> None:
-    text = verdict(allowed=[0, 0.3, 0.7, 1.0], bound=[1, 1, 0.5, 0.1], pinned=[1.0, 0, 0, 0])
-    assert text.count(". ") == 2
-    assert "tightly" not in text
+def test_verdict_has_short_sentences() -> None:
+    """One for each way of being held, and one that says what to do; at most 25 words each."""
+    bound, allowed = [1.0, 1, 0.5, 0.1] * 2, [0, 0.3, 0.7, 1.0, 0.01, 0.45, 0.9, 0.99]
+    for fixed in (False, True):
+        text = verdict(is_fixed=fixed, allowed=allowed, bound=bound, pinned=[1.0, 0, 0, 0, 0.85, 0, 0, 0])
+        sentences = text.removesuffix(".").split(". ")
+        assert [sentence.split(":")[0].rpartition(" ")[2] for sentence in sentences[:4]] == [
+            "freely",
+            "back",
+            "tightly",
+            "pinned",
+        ]
+        assert len(sentences) == 5
+        assert max(len(sentence.split()) for sentence in sentences) <= 25
 
 
 @pytest.mark.parametrize("make", [L2SPCallback, DiGraPCallback, WiSEFTCallback])
@@ -570,7 +657,7 @@ def test_verdict_of_methods_without_radii(make: Any) -> None:
         layers.setdefault(row["name"].rpartition(".")[0] or row["name"], []).append(row["distance"])
     farthest = max(layers, key=lambda name: math.hypot(*layers[name]))
     text = callback.explain()
-    assert f"{farthest} is farthest with {math.hypot(*layers[farthest]):.3g}" in text
+    assert f" {farthest} is farthest, at {math.hypot(*layers[farthest]):.3g}." in text
     assert ("%" in text) is ("omega" in rows[0])
     assert "held" not in text
 

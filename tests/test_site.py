@@ -16,6 +16,7 @@ pytest.importorskip("griffe")
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "docs"))
 
+import griffe  # noqa: E402
 import hooks  # noqa: E402
 
 
@@ -54,6 +55,21 @@ def test_the_page_of_pictures_shows_what_cells_draw() -> None:
 
 def test_a_picture_is_a_link_to_itself() -> None:
     assert hooks.on_page_content('<img alt="a" src="b.png" />') == '<a href="b.png"><img alt="a" src="b.png" /></a>'
+
+
+def test_signatures_write_out_what_all_callbacks_share() -> None:
+    """Beside each stands the first sentence of its description."""
+    extensions = griffe.load_extensions(hooks.PlainDocstrings, hooks.WrittenOut)
+    package = griffe.load("lightning_tpgm", search_paths=[ROOT], extensions=extensions)
+    for name in ("tpgm.TPGMCallback", "ftp.FTPCallback", "wise_ft.WiSEFTCallback"):
+        callback = package[f"callbacks.{name}"]
+        parameters = {parameter.name: parameter for parameter in callback["__init__"].parameters}
+        assert "shared" not in parameters
+        assert list(parameters)[-6:] == ["exclude", "pretrained", "log", "summary", "anchor_device", "save_anchor"]
+        assert str(parameters["exclude"].annotation) == "Sequence[str]"
+        assert parameters["log"].default == "'summary'"
+        assert "\n    save_anchor: Whether checkpoints hold the anchors.\n" in callback.docstring.value
+    assert str(package["observing.shown.Shown.report"].returns) == "list[dict[str, Any]]"
 
 
 def test_all_notebooks_are_pages() -> None:

@@ -75,7 +75,7 @@ def test_a_new_head_keeps_its_fine_tuned_value_and_is_reported(caplog: pytest.Lo
     pretrained = {name: value for name, value in state(toy(1)).items() if not name.startswith("head")}
     with caplog.at_level(logging.INFO):
         found = state(trained(WiSEFTCallback(alpha=0.0, pretrained=pretrained)))
-    assert "WiSEFTCallback: `pretrained` lacks, not constrained: head.weight, head.bias." in caplog.text
+    assert "WiSEFTCallback: Not constrained, because `pretrained` lacks them: head.weight, head.bias." in caplog.text
     finetuned = state(trained())
     assert_same(found, {**finetuned, **pretrained, INTEGER: finetuned[INTEGER]})
 
@@ -193,7 +193,7 @@ def test_sweep_restores_the_fine_tuned_weights_when_validation_raises() -> None:
 
 def test_sweep_monitor_that_is_not_logged() -> None:
     module, pretrained, finetuned = scored()
-    message = r"^`monitor` should be a metric that validation logs, found 'acc'; logged are \['distance', 'score'\]\.$"
+    message = r"^`monitor` should be a metric that validation logs, found 'acc'\. Logged are \['distance', 'score'\]\.$"
     with pytest.raises(MisconfigurationException, match=message):
         wise_ft_sweep(quiet_trainer(), module, pretrained, "acc", dataloaders=val_loader())
     assert_same(state(module), finetuned)

@@ -3,7 +3,7 @@
 # After the fact
 
 A fine-tuning is finished, and the model has forgotten some of what it knew. Two files are left: the pretrained weights
-and the fine-tuned ones. What can be had back without training again?
+and the fine-tuned ones. What can be recovered without training again?
 
 - `wise_ft_sweep` mixes the two with one number for all weights, alpha. Validation chooses it.
 - `project_checkpoint` learns for each tensor how far it may be from its pretrained value. This is TPGM.
@@ -125,11 +125,13 @@ for alpha in sweep.alphas:
     path.append((evaluate(model, digits.test).accuracy, mean_accuracy(model, shifted)))
 
 figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-ax.plot(*zip(*path, strict=True), marker="o", color="0.7", label="alpha from 0 to 1")
-for (method, found), color in zip(list(scores.items())[2:], ("#E69F00", "#009E73"), strict=True):
-    ax.scatter(*found, s=60, color=color, label=method, zorder=3)
+ax.plot(*zip(*path, strict=True), marker="o", color="0.7")
+ax.annotate("alpha 0: pretrained", path[0], (0, -20), textcoords="offset points", color="0.4")
+ax.annotate("alpha 1: fine-tuned", path[-1], (-8, -4), textcoords="offset points", color="0.4", ha="right")
+for (method, found), color in zip(list(scores.items())[2:], ("#D55E00", "#0072B2"), strict=True):
+    ax.scatter(*found, s=60, color=color, zorder=3)
+    ax.annotate(method, found, (-8, -4), textcoords="offset points", color=color, ha="right")
 ax.set(xlabel="accuracy on new digits", ylabel="accuracy on shifted digits")
-ax.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
@@ -139,7 +141,7 @@ plt.show()
 `project_checkpoint` learns the radii on the held-out digits, in 200 updates and without training.
 It writes a checkpoint that is loaded as the fine-tuned one is.
 
-Held-out digits look like the training digits. A tensor that they give no reason to go back stays inside its radius.
+Held-out digits look like the training digits. Where they give no reason to take a tensor back, it stays as it is.
 """
 
 # %%
@@ -156,7 +158,10 @@ figure, ax = done.plot()
 
 # %% [markdown]
 """
-A sweep can follow it, because a projected model is a fine-tuned model like any other.
+Here little is recovered: the projected model is nearly the fine-tuned one.
+The held-out digits gave no reason to take more back.
+
+A sweep can follow, because a projected model is a fine-tuned model like any other.
 """
 
 # %%
@@ -173,12 +178,17 @@ trainer.save_checkpoint(output / "robust.ckpt")
 """
 
 # %%
-figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-colors = ("grey", "black", "#E69F00", "#009E73", "#0072B2", "#CC79A7")
-for (method, found), color in zip(scores.items(), colors, strict=True):
-    ax.scatter(*found, s=60, color=color, label=method)
-ax.set(xlabel="accuracy on new digits", ylabel="accuracy on shifted digits")
-ax.legend(frameon=False)
+figure, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+new, shifted_digits = zip(*scores.values(), strict=True)
+rows = range(len(scores))
+ax.hlines(rows, new, shifted_digits, color="0.85")
+for name, accuracies, color in (("new digits", new, "#0072B2"), ("shifted digits", shifted_digits, "#D55E00")):
+    ax.scatter(accuracies, rows, s=40, color=color, zorder=3)
+    ax.annotate(name, (accuracies[0], 0), (0, 8), textcoords="offset points", color=color, ha="center")
+ax.set_yticks(rows, list(scores))
+ax.set_ylim(len(scores) - 0.6, -0.8)
+ax.margins(x=0.15)
+ax.set_xlabel("accuracy")
 plt.show()
 
 # %% [markdown]
@@ -186,6 +196,6 @@ plt.show()
 ## Next
 
 - This is one seed. Repeat it with others before you prefer one method to another.
-- What is kept in training need not be had back. The [first notebook](compare.ipynb) has the callback for it.
+- What is kept in training need not be recovered. The [first notebook](compare.ipynb) has the callback for it.
 - Read `python -m lightning_tpgm project --help` for the same from a shell.
 """

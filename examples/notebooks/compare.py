@@ -199,11 +199,14 @@ def distances(weights):
 
 names, bounded = list(tpgm.anchor), dict(robust.named_parameters())
 figure, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
-ax.bar(names, distances(plain_weights), color="lightgrey", label="plain")
-ax.bar(names, distances(bounded), 0.5, color=colors["TPGM"], label="TPGM")
+free, held = distances(plain_weights), distances(bounded)
+farthest = free.index(max(free))
+ax.bar(names, free, color="lightgrey")
+ax.bar(names, held, 0.5, color=colors["TPGM"])
+ax.text(farthest, free[farthest], "plain", ha="center", va="bottom", color="0.4")
+ax.text(farthest - 0.45, held[farthest], "TPGM", ha="right", va="center", color=colors["TPGM"])
 ax.tick_params(axis="x", rotation=90)
 ax.set(ylabel="distance from the pretrained value")
-ax.legend(frameon=False)
 plt.show()
 
 # %% [markdown]

@@ -13,13 +13,13 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from lightning_tpgm.methods.tpgm import CADENCE
-from lightning_tpgm.observing.plotting import BLUE, GREY, ORANGE, axes_for, name_lines
+from lightning_tpgm.observing.plotting import BLUE, ORANGE, axes_for, name_lines
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "docs" / "cost.md"
 MAIN = ("ResNet-50", "ViT-B/16", "MiniLM-L6")
 WITHOUT_EVALUATION = ("FTP, mars", "FTP, l2", "DiGraP", "SPD", "L2-SP")
-PURPLE, GREEN = "#CC79A7", "#009E73"  # of the same palette
+PURPLE, SKY = "#CC79A7", "#56B4E9"  # of the same palette
 COPIES = 5.5
 """The floor of TPGM's own passes over the constrained weights, in copies (one read and one write) of them. They read W
 and W0 and write D. Before and after the evaluation they read D and W0 and write W. At last they read G and D."""
@@ -143,13 +143,16 @@ def memory_table(path: Path, times: Times) -> str:
 def figure(growth: Times, path: Path) -> None:
     """Seconds over the number of parameters, a line for each number of tensors."""
     lines: dict[str, list[tuple[float, float]]] = {}
+    copies: list[list[tuple[float, float]]] = []
     for tensors in sorted({int(t["tensors"]) for t in growth.values()}):
         points = sorted((t["parameters"], t) for t in growth.values() if t["tensors"] == tensors)
         lines[f"{tensors:,} tensors"] = [(size, t["TPGM, mars: projection"]) for size, t in points]
-        if tensors == 20:
-            lines["three copies"] = [(size, 3 * t["copy"]) for size, t in points]
+        copies.append([(size, 3 * t["copy"]) for size, t in points])
     figure, axes = axes_for(None, width=5.5, height=4)
-    draw_lines(axes, lines, [ORANGE, GREY, BLUE, "black"], "seconds of a projection (mars)")
+    colors = (ORANGE, BLUE, "black")
+    for points, color in zip(copies, colors, strict=True):
+        axes.loglog(*zip(*points, strict=True), linestyle=":", color=color)
+    draw_lines(axes, lines, colors, "seconds of a projection (mars), dotted: of three copies")
     axes.set_xlabel("constrained parameters")
     figure.savefig(path, dpi=120)
 
@@ -200,7 +203,7 @@ def large_figure(large: Mapping[str, list[dict[str, float]]], path: Path) -> Non
     shown = {"peak_bytes": (left, "peak memory, GB", 1e-9), "seconds": (right, "seconds a step", 1.0)}
     for what, (axes, title, unit) in shown.items():
         lines = {method: [(row["parameters"], unit * row[what]) for row in rows] for method, rows in methods.items()}
-        draw_lines(axes_for(axes)[1], lines, ["black", PURPLE, "#E69F00", BLUE, GREEN], title)
+        draw_lines(axes_for(axes)[1], lines, ["black", PURPLE, SKY, BLUE, ORANGE], title)
         axes.set_xlabel("parameters")
     figure.savefig(path, dpi=120)
     plt.close(figure)

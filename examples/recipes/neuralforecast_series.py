@@ -1,7 +1,7 @@
 """neuralforecast: a forecaster of some series learns others. About ten seconds on two cores, with made-up series.
 
 Both steps get whole series. `training_step` cuts its windows from the part to train on, whichever loader the series
-come from. `validation_step` cuts them from the last `val_size` points, which are held out: so the loss is its.
+come from. `validation_step` cuts them from the last `val_size` points, held out. The radii learn from its loss.
 
     python examples/recipes/neuralforecast_series.py
 """

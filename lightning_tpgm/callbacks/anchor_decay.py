@@ -24,7 +24,13 @@ class AnchorDecayCallback(MethodCallback):
 
     Source: see `lightning_tpgm.methods.AnchorDecay`.
 
-    >>> AnchorDecayCallback(strength=0.1, exclude=["head.*"])
+    >>> from lightning.pytorch import Trainer
+    >>> callback = AnchorDecayCallback(strength=0.1, exclude=["head.*"])
+    >>> trainer = Trainer(
+    ...     callbacks=[callback],
+    ...     accelerator="cpu",
+    ... )
+    >>> callback
     AnchorDecayCallback(strength=0.1, exclude=('head.*',))
     """
 

@@ -40,14 +40,14 @@ class PlainCopies:
         # a checkpoint may name its anchors, a copy holds them
         if "file" in state and self._loaded is None and not anchors.in_file:
             state |= anchors.state_dict()
-        return {**arguments, "_state": state, "_last": dict(self._constraint.seen())}
+        return {**arguments, "_state": state, "_seen": (dict(self._constraint.seen()), self._constraint.reporter.order)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A callback that knows the same, and is in no fit."""
         # a deep copy, of tensors alone: a shallow one of the callback shares them with a fit that goes on
-        known, last = deepcopy((state["_state"], state["_last"]))
-        vars(self).update({name: value for name, value in state.items() if name not in ("_state", "_last")})
+        known, (last, order) = deepcopy((state["_state"], state["_seen"]))
+        vars(self).update({name: value for name, value in state.items() if name not in ("_state", "_seen")})
         self._start_anew()
         if known:
             self._constraint.recall(known)
-            self._constraint.reporter.last = last
+            self._constraint.reporter.last, self._constraint.reporter.order = last, order

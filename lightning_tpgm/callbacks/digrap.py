@@ -27,7 +27,13 @@ class DiGraPCallback(MethodCallback):
     Source: Huang et al., "Directional Gradient Projection for Robust Fine-Tuning of Foundation Models", ICLR 2025,
     arXiv 2502.15895, algorithm 1.
 
-    >>> DiGraPCallback(exclude=["head.*"])
+    >>> from lightning.pytorch import Trainer
+    >>> callback = DiGraPCallback(exclude=["head.*"])
+    >>> trainer = Trainer(
+    ...     callbacks=[callback],
+    ...     accelerator="cpu",
+    ... )
+    >>> callback
     DiGraPCallback(omega_lr=0.01, exclude=('head.*',))
     """
 

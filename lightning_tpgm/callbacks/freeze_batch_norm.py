@@ -37,7 +37,13 @@ class FreezeBatchNorm(Callback):
         MisconfigurationException: For an argument of another type. When the fit starts, if a pattern matches no
             BatchNorm layer.
 
-    >>> FreezeBatchNorm(["backbone.*"])
+    >>> from lightning.pytorch import Trainer
+    >>> callback = FreezeBatchNorm(["backbone.*"])
+    >>> trainer = Trainer(
+    ...     callbacks=[callback],
+    ...     accelerator="cpu",
+    ... )
+    >>> callback
     FreezeBatchNorm(patterns=('backbone.*',))
     """
 

@@ -33,7 +33,13 @@ class FTPCallback(WithRadii, MethodCallback):
 
     Source: Tian et al., "Fast Trainable Projection for Robust Fine-Tuning", NeurIPS 2023, arXiv 2310.19182.
 
-    >>> FTPCallback(k=0.5, exclude=["head.*"])
+    >>> from lightning.pytorch import Trainer
+    >>> callback = FTPCallback(k=0.5, exclude=["head.*"])
+    >>> trainer = Trainer(
+    ...     callbacks=[callback],
+    ...     accelerator="cpu",
+    ... )
+    >>> callback
     FTPCallback(k=0.5, radius_lr='auto', norm='mars', exclude=('head.*',))
     """
 

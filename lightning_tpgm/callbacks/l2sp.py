@@ -26,7 +26,13 @@ class L2SPCallback(MethodCallback):
 
     Source: Li et al., "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", ICML 2018.
 
-    >>> L2SPCallback(strength=0.1, exclude=["head.*"])
+    >>> from lightning.pytorch import Trainer
+    >>> callback = L2SPCallback(strength=0.1, exclude=["head.*"])
+    >>> trainer = Trainer(
+    ...     callbacks=[callback],
+    ...     accelerator="cpu",
+    ... )
+    >>> callback
     L2SPCallback(strength=0.1, exclude=('head.*',))
     """
 

@@ -76,13 +76,13 @@ def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
     if all(isinstance(loader, list | tuple | dict) and not loader for loader in found):  # to Lightning [] is a loader
         why = "val_dataloader() gave None" if loaders is None else "there is no validation loader"
         raise MisconfigurationException(
-            f"TPGMCallback found no held-out data to learn the radii from, because {why}. The held-out loader gave no"
-            " batch: it is empty. Pass `dataloader`, or define tpgm_dataloader() or val_dataloader() in the datamodule"
-            " or the module."
+            f"TPGMCallback found no held-out data to learn the radii from, because {why}. Pass"
+            " `dataloader`, or define tpgm_dataloader() or val_dataloader() in the datamodule or the module."
+            " FTPCallback needs none."
         )
     described = (
-        "the validation data. Choosing radii and checkpoints on the same data makes the validation score optimistic; to"
-        " keep them apart pass `dataloader` or define tpgm_dataloader()"
+        "the validation data. Choosing radii and checkpoints on the same data makes the validation score optimistic. To"
+        " keep them apart, pass `dataloader` or define tpgm_dataloader()"
     )
     with configuration_errors():
         for part in (part for loader in _checked(found, title) for part in parts(loader)):

@@ -219,7 +219,7 @@ class MethodCallback(Asked, PlainCopies, Callback):
         """Says which weights have left their balls since; prints the summary, if that was asked for."""
         warn_of_leaving(trainer, self)
         if self.summary and trainer.is_global_zero:
-            self._constraint.reporter.print_table(repr(self), self.anchor)
+            self._constraint.reporter.print_table(self.anchor)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

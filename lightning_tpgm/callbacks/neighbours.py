@@ -36,8 +36,8 @@ def check_others(trainer: pl.Trainer, callback: MethodCallback) -> None:
         both = _acts_on(other, callback, trainer) & _acts_on(callback, callback, trainer)
         if both:
             raise MisconfigurationException(
-                f"{other!r} and {callback!r} both act on {len(both)} tensors, {min(both)!r} among them: what the first"
-                " does counts twice, or for nothing. Exclude them in one."
+                f"{other!r} and {callback!r} both act on {len(both)} tensors, {min(both)!r} among them. What the first"
+                " does then counts twice, or for nothing. Exclude them in one."
             )
 
 

@@ -19,6 +19,7 @@ from lightning_tpgm.callbacks.logs import Log
 from lightning_tpgm.methods.method import check, is_flag
 from lightning_tpgm.pretrained import Pretrained
 from lightning_tpgm.references import check_save_anchor
+from lightning_tpgm.selection import check_patterns
 
 
 class Shared(TypedDict, total=False):
@@ -35,7 +36,8 @@ class Shared(TypedDict, total=False):
             ball. ``tpgm/binding`` is the share of tensors whose constraint binds. ``tpgm/bound`` is the share of its
             steps in which a tensor was bound so far, as a mean. ``tpgm/pinned`` is the share of tensors that were held
             at their anchor nearly always. ``"all"``: also ``tpgm_radius/NAME``, ``tpgm_distance/NAME``,
-            ``tpgm_ratio/NAME`` and ``tpgm_bound/NAME`` of each tensor. ``"none"``: nothing, nor to the progress bar.
+            ``tpgm_ratio/NAME``, ``tpgm_bound/NAME``, ``tpgm_wanted/NAME`` and ``tpgm_allowed/NAME`` of each tensor.
+            ``"none"``: nothing, nor to the progress bar.
         summary: Whether the fit ends with a printed table of what was wanted and what was allowed, and a verdict. It
             needs rich.
         anchor_device: ``"cpu"``: the anchors are kept in the host's memory, pinned, and come to the GPU block by block
@@ -87,10 +89,9 @@ def configuration_errors() -> Iterator[None]:
 
 def check_shared(exclude: Any, pretrained: Any, log: Any, summary: Any, anchor_device: Any, save_anchor: Any) -> None:
     """Raise Lightning's `MisconfigurationException` about a value that no fit could use."""
-    patterns = isinstance(exclude, Sequence) and not isinstance(exclude, str)
     accepted = isinstance(pretrained, str | os.PathLike | Mapping | nn.Module | None)
     with configuration_errors():
-        check(patterns and all(isinstance(p, str) for p in exclude), "exclude", "a sequence of patterns", exclude)
+        check_patterns(exclude)
         check(accepted, "pretrained", "a path, a mapping of tensors by name, a module or None", pretrained)
         check(anchor_device in (None, "cpu"), "anchor_device", "None or 'cpu'", anchor_device)
         check_save_anchor(save_anchor, pretrained)

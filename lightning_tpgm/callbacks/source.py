@@ -8,6 +8,8 @@ from contextlib import suppress
 from pkgutil import resolve_name
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -88,6 +90,11 @@ def _check_gives_batches(found: object) -> None:
         raise TypeError(
             f"`dataloader` should be a loader, found the data set {kind!r}, which gives examples, not batches. Pass"
             " DataLoader(dataset, batch_size=...), or DataLoader(dataset, batch_size=None) if it gives whole batches."
+        )
+    if isinstance(found, Tensor | np.ndarray):
+        raise TypeError(
+            f"`dataloader` should be a loader, found a {kind} of shape {tuple(found.shape)}. Pass a loader of batches"
+            " like those of training, or a list of such batches."
         )
     members = found.values() if isinstance(found, Mapping) else found if isinstance(found, list | tuple) else ()
     if any(isinstance(member, DataLoader) for member in members):

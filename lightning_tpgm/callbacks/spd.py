@@ -26,7 +26,13 @@ class SPDCallback(MethodCallback):
     Source: Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024,
     arXiv 2411.01713.
 
-    >>> SPDCallback(exclude=["head.*"])
+    >>> from lightning.pytorch import Trainer
+    >>> callback = SPDCallback(exclude=["head.*"])
+    >>> trainer = Trainer(
+    ...     callbacks=[callback],
+    ...     accelerator="cpu",
+    ... )
+    >>> callback
     SPDCallback(strength=1.0, exclude=('head.*',))
     """
 

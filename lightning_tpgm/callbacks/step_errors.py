@@ -103,7 +103,7 @@ def _explanation(error: Exception, evaluation: Evaluation, gradient: bool) -> st
     listed = "".join(f"\n({i}) {cause}." for i, cause in causes)
     return (
         f"The {what} failed on a held-out batch: {_said(error)}\n"
-        f"It was evaluated in {mode}, to learn the radii, on a batch that is a {_shown(found)}."
+        f"It was evaluated in {mode}, to learn the radii, on a batch that is {_shown(found)}."
         f" {_compared(differences)}\nLikely causes, the likeliest first:{listed}"
     )
 
@@ -119,16 +119,20 @@ def _said(error: Exception) -> str:
 def _shown(found: Description) -> str:
     parts = [f"{place}: {kind}" for place, kind in found.items() if place]
     more = f", and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
-    return found[""] + (f" ({', '.join(parts[:_SHOWN])}{more})" if parts else "")
+    return _a(found[""]) + (f" ({', '.join(parts[:_SHOWN])}{more})" if parts else "")
 
 
 def _differences(found: Description, trained_on: Description) -> list[str]:
     """Where a held-out batch is unlike a training batch, whatever the number of examples in them."""
     return [
-        f"{place or 'it'} is {kind}, in training {trained_on[place]}"
+        f"{place or 'the batch'} is {_a(kind)}, in training {_a(trained_on[place])}"
         for place, kind in found.items()
         if place in trained_on and _of_one_example(kind) != _of_one_example(trained_on[place])
     ]
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _of_one_example(kind: str) -> str:
@@ -141,7 +145,7 @@ def _compared(differences: list[str] | None) -> str:
         return "There is no training batch to compare it with."
     if not differences:
         return "The last training batch has the same structure."
-    more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+    more = f", and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     return f"It differs in structure from the last training batch: {'; '.join(differences[:_SHOWN])}{more}."
 
 

@@ -47,9 +47,9 @@ def check_strategy(trainer: pl.Trainer, title: str) -> None:
         )
     if starts_functions(trainer):
         rank_zero_warn(
-            f"Of this fit, what {title} learns stays in the processes that ddp_spawn (or"
-            " ddp_notebook) starts, and in the checkpoints that they write. The weights come back; the callback's"
-            " attributes and a later trainer.save_checkpoint know nothing of the fit. With strategy='ddp' they do."
+            f"What {title} learns in this fit stays in the processes that ddp_spawn or ddp_notebook starts, and in the"
+            " checkpoints that they write. The weights come back. The callback's attributes and a later"
+            " trainer.save_checkpoint know nothing of the fit. With strategy='ddp' they do."
         )
 
 
@@ -78,7 +78,7 @@ def check_radii_are_alone(trainer: pl.Trainer, callback: MethodCallback) -> None
         if both:
             raise MisconfigurationException(
                 f"{other!r} and {callback!r} both learn a radius for {len(both)} parameters, {min(both)!r} among"
-                " them: each would take the other's projection for the optimizer's step. Exclude them in one."
+                " them. Each would take the other's projection for the optimizer's step. Exclude them in one."
             )
 
 
@@ -105,8 +105,8 @@ def warn_of_averages(trainer: pl.Trainer, callback: MethodCallback) -> None:
         if _AVERAGING & {base.__name__ for base in type(other).__mro__}:
             name, other_name = type(callback).__name__, type(other).__name__
             rank_zero_warn(
-                f"At the end of the fit {other_name} writes its average into the module after {name} has acted,"
-                f" of which nothing will remain. List {other_name} before {name}."
+                f"At the end of the fit {other_name} writes its average into the module, after {name} has acted."
+                f" Nothing of that will remain. List {other_name} before {name}."
             )
 
 
@@ -116,7 +116,7 @@ def warn_of_random_anchors(pl_module: pl.LightningModule, title: str) -> None:
     if evidence:
         rank_zero_warn(
             f"{title}: the anchors look like a random initialisation, since {evidence}. Fine-tuning is kept"
-            " near them. So load the pretrained weights before the fit, or pass them as `pretrained`."
+            " near them. Load the pretrained weights before the fit, or pass them as `pretrained`."
         )
 
 
@@ -145,16 +145,16 @@ def tell_of_moving_statistics(trainer: pl.Trainer, pl_module: pl.LightningModule
     moving = [name for name, part in pl_module.named_modules() if has_statistics(part) and part.training]
     if moving:
         rank_zero_info(
-            f"{type(callback).__name__}: the running statistics of {len(moving)} BatchNorm layers, {moving[0]!r} among"
-            " them, move with the new data, and no bound on the weights reaches them. Keep those of the pretraining:"
-            " add lightning_tpgm.FreezeBatchNorm() to the callbacks."
+            f"{type(callback).__name__}: the running statistics of {len(moving)} BatchNorm layers move with the new"
+            f" data, of {moving[0]!r} for instance. No bound on the weights reaches them. To keep those of the"
+            " pretraining, add lightning_tpgm.FreezeBatchNorm() to the callbacks."
         )
 
 
 def no_state(ckpt_path: object, title: str, state_key: str) -> str:
     """Why a run cannot be resumed."""
     return (
-        f"The checkpoint {str(ckpt_path)!r} has no state of this {title} (key {state_key!r}), so the pretrained"
+        f"The checkpoint {str(ckpt_path)!r} has no state of this {title} (key {state_key!r}). So the pretrained"
         " weights are not known any more. Pass them as `pretrained`, for instance the checkpoint that the first run"
         " started from."
     )
@@ -165,7 +165,7 @@ def check_something_to_do(trainer: pl.Trainer, pl_module: pl.LightningModule, ca
     anchors = callback._constraint.anchors
     if not anchors.joined and not (anchors.waiting and unfreezes(trainer)):
         raise MisconfigurationException(
-            f"{type(callback).__name__} has nothing to constrain: of {len(list(pl_module.parameters()))} parameters"
+            f"{type(callback).__name__} has nothing to constrain. Of {len(list(pl_module.parameters()))} parameters,"
             f" {len(anchors.waiting)} remain after `exclude` = {list(callback.exclude)}, and none of them is trainable."
             " Exclude less, or unfreeze some (a `BaseFinetuning` callback may do so later)."
         )

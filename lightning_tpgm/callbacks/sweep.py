@@ -169,17 +169,16 @@ class Search:
         error = standard_error(value, [(math.nan if v is None else float(v), size) for v, size in batches])
         if error is None:
             raise MisconfigurationException(
-                "`tolerance` = 'one_standard_error' needs a mean of validation_step's values, of hits or in at least"
-                f" two batches, found {self.monitor!r} = {value:.6g} from {len(batches)} logged values."
-                " Log it in validation_step (a torchmetrics object by its `forward`), or give a number in the"
-                " metric's unit."
+                f"The standard error of {self.monitor!r} = {value:.6g} cannot be had from {len(batches)} logged values."
+                " `tolerance` = 'one_standard_error' needs a mean that validation_step logs, of hits or in at least two"
+                " batches. Log a torchmetrics object by its `forward`, or give a number in the metric's unit."
             )
         return value, error
 
 
 def not_logged(monitor: str, metrics: Mapping[str, Tensor]) -> str:
     """Why there is no value to choose by."""
-    return f"`monitor` should be a metric that validation logs, found {monitor!r}; logged are {sorted(metrics)}."
+    return f"`monitor` should be a metric that validation logs, found {monitor!r}. Logged are {sorted(metrics)}."
 
 
 def alpha_setter(

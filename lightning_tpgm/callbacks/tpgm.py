@@ -36,15 +36,15 @@ class TPGMCallback(WithRadii, MethodCallback):
 
     After every optimizer step each constrained tensor is projected onto a ball around its anchor W0, the pretrained
     value: ``W := W0 + r (W - W0)`` with ``r = clip(gamma / (n + 1e-8), 0, 1)``, n the distance and gamma the radius.
-    The radii are learned by Adam on the module's own loss on held-out batches, at the projected weights.
+    The radii are learned: they descend the module's own loss on held-out batches, at the projected weights.
 
     Args:
         dataloader: Held-out data: a DataLoader (or any iterable of batches), or a function that returns one. Also an
             import path of either, ``"my_project.data:held_out"``, resolved when the first batch is needed. None: a
             shuffled loader of the callback's own over the ``tpgm_dataloader()`` of the datamodule or module if one is
             defined, else over the validation data.
-        radius_lr: ``"auto"``: each radius keeps pace with its tensor, at any learning rate, schedule and length of run
-            (see `lightning_tpgm.methods.radii.Radii`). A number: Adam's learning rate for all radii. The authors used
+        radius_lr: ``"auto"``: each radius keeps pace with its tensor, at any learning rate, schedule and length of run.
+            A number: Adam's learning rate for all radii. The authors used
             0.01 with ``every_n_steps=1``.
         norm: ``"mars"`` (maximum absolute row sum) or ``"l2"`` (Frobenius norm of the tensor). In mars each row has its
             distance, and all rows of a tensor share the radius.

@@ -54,7 +54,13 @@ class WiSEFTCallback(MethodCallback):
 
     Source: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv 2109.01903.
 
-    >>> WiSEFTCallback(alpha=0.5)
+    >>> from lightning.pytorch import Trainer
+    >>> callback = WiSEFTCallback(alpha=0.5)
+    >>> trainer = Trainer(
+    ...     callbacks=[callback],
+    ...     accelerator="cpu",
+    ... )
+    >>> callback
     WiSEFTCallback(alpha=0.5, exclude=())
     """
 
@@ -107,7 +113,7 @@ class WiSEFTCallback(MethodCallback):
         if not validates or not trainer.limit_val_batches:
             raise MisconfigurationException(
                 f"{self!r} found no validation to choose alpha by. Define validation_step and val_dataloader(), and"
-                " leave `limit_val_batches` above 0; or give a number as `alpha`."
+                " leave `limit_val_batches` above 0. Or give a number as `alpha`."
             )
 
     @override

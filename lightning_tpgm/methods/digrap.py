@@ -74,7 +74,7 @@ class DiGraP(Method):
         stepping, known = tensors.vector(present), self.unstepped.known(tensors)
         copies = self._newer.memory(tensors, present)
         sums = tensors.step_sums(weights, previous, grads, copies, directions=True)
-        dots, old_squared, squared, inner, size_squared = tensors.total(sums)
+        dots, squared, old_squared, inner, size_squared = tensors.total(sums)
         self._next = copy(self.omegas)
         with self._next.of(tensors) as omegas:
             # <g_t, g_proj_(t-1)> normalised: on conflict g_proj is a negative multiple of D

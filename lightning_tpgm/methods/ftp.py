@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_tpgm.constrained import Constrained
+from lightning_tpgm.layout import Matrices
 from lightning_tpgm.methods.last_step import LastStep
 from lightning_tpgm.methods.method import Method, Step, check, is_number
 from lightning_tpgm.methods.radii import Radii, RadiusLr
@@ -52,6 +53,7 @@ class FTP(Method):
         self.k, self.norm = k, norm
         self.radii = Radii(radius_lr)
         self.unprojected = LastStep()
+        self._last_rows: tuple[Constrained, Tensor] | None = None  # those that were stepped last, and their distances
 
     @override
     def joined(self, tensors: Constrained, names: Sequence[str]) -> None:
@@ -63,9 +65,11 @@ class FTP(Method):
         grads, weights, previous = tensors.gradients(), tensors.weights(), self.unprojected.of(tensors)
         present = [grad is not None for grad in grads]
         stepped, known = tensors.vector(present), self.unprojected.known(tensors)
-        sums = tensors.step_sums(weights, previous, grads, copies=self.unprojected.memory(tensors, present))
-        previous_rows, rows = tensors.distances(sums[1:])
-        slope = tensors.total(sums[0] / (previous_rows + EPS))  # dgamma; 0 without gradient, meaningless if not known
+        previous_rows = self._rows_of(tensors, previous)
+        copies = self.unprojected.memory(tensors, present)
+        dots, sums = tensors.step_sums(weights, previous, grads, copies, old_distance=False)
+        rows = tensors.distances(sums)
+        slope = tensors.total(dots / (previous_rows + EPS))  # dgamma; 0 without gradient, meaningless if not known
         largest = tensors.largest(rows)
         with self.radii.of(tensors) as radii:
             radii.start(torch.full_like(radii.value, MIN_RADIUS), where=stepped)
@@ -76,6 +80,13 @@ class FTP(Method):
             radii.clamp(largest + EPS, where=stepped)
             tensors.project(weights, rows, radii.bounds, moved=present)
             radii.projected(largest, moved=stepped)
+        self._last_rows = tensors, torch.where(tensors.of_rows(stepped), rows, previous_rows)
+
+    def _rows_of(self, tensors: Constrained, previous: Matrices) -> Tensor:
+        """n of every row before the last projection: known, if these tensors were the last ones to be stepped."""
+        if self._last_rows is not None and self._last_rows[0] is tensors:
+            return self._last_rows[1]
+        return tensors.rows(previous)
 
     @override
     def quantities(self, tensors: Constrained) -> dict[str, Tensor]:
@@ -95,3 +106,9 @@ class FTP(Method):
     def load(self, state: dict[str, Any]) -> None:
         self.radii.load_method_state(state)
         self.unprojected.load(state["previous"])
+        self._last_rows = None
+
+    @override
+    def release(self) -> None:
+        super().release()
+        self._last_rows = None

@@ -47,7 +47,7 @@ class SPD(Method):
         before, self._before = self._before, []
         grads, weights = tensors.gradients(), tensors.weights()
         consistency, *squares = tensors.total(tensors.step_sums(weights, before, grads))
-        old, new = (square.sqrt() for square in squares)
+        new, old = (square.sqrt() for square in squares)
         rho = torch.where(new > 0, (new - old) / new, 0).clamp(0, 1)
         decay = torch.where(consistency > 0, self.strength * rho, 0)
         # to write where nothing decays would invalidate graphs that are still in use

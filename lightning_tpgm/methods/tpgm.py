@@ -67,7 +67,7 @@ class TPGM(Method):
         if when == "fit_end" and every_n_steps != CADENCE:
             raise ValueError(
                 f"`every_n_steps` = {every_n_steps} has no effect with `when` = 'fit_end': no optimizer"
-                " steps follow. Leave it out; `radius_steps` is the number of updates."
+                " steps follow. Leave it out. `radius_steps` is the number of updates."
             )
         self.norm, self.radius_steps, self.every_n_steps = norm, radius_steps, every_n_steps
         self.acts_at_end = when == "fit_end"

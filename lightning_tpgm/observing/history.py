@@ -72,5 +72,6 @@ class History:
         records = {name: list(matrix.unbind()) for name, matrix in self.matrices().items()}.get(quantity, [])
         steps = list(self.steps) if records else []
         if not steps or steps[-1] != self.count:
-            records, steps = [*records, present.cpu().to(torch.float32)], [*steps, self.count]
-        return steps, pad_sequence(records, batch_first=True, padding_value=torch.nan)
+            steps.append(self.count)
+        records = [*records, present.cpu().to(torch.float32)]  # as wide as all, also if it is of no new step
+        return steps, pad_sequence(records, batch_first=True, padding_value=torch.nan)[: len(steps)]

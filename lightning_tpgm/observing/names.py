@@ -107,13 +107,17 @@ def in_words(labels: Sequence[str], chosen: Sequence[bool], most: int = 3) -> st
 
     >>> in_words(["stem", "layer1", "layer2", "layer3", "head"], [True, False, True, True, True])
     'stem and layer2 to head'
+    >>> in_words("abcdefgh", [letter not in "bdf" for letter in "abcdefgh"])
+    'a, c and 3 others'
     """
     pairs = groupby(zip(labels, chosen, strict=True), lambda pair: pair[1])
     runs = [[label for label, _ in run] for is_chosen, run in pairs if is_chosen]
-    words = []
+    words: list[str] = []
+    covers: list[int] = []  # how many labels each word stands for
     for run in runs:
-        first, last = run[0], run[-1]
-        words += [first] if len(run) == 1 else [first, last] if len(run) == 2 else [f"{first} to {last}"]
+        few = len(run) <= 2
+        words += run if few else [f"{run[0]} to {run[-1]}"]
+        covers += [1] * len(run) if few else [len(run)]
     if len(words) > most:
-        words = [*words[: most - 1], f"{len(words) - most + 1} other parts"]
+        words = [*words[: most - 1], f"{sum(covers[most - 1 :])} others"]
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

@@ -31,8 +31,8 @@ RATIOS = (0.0, 0.1, 0.5, 0.9, 0.99, 0.999, 1.0)
 
 _EXPLAINED = {
     "distance": "distance from the pretrained value",
-    "ratio": "what each projection left (1: all, the constraint does not bind)",
-    "bound": "share of the steps so far in which the constraint was bound",
+    "ratio": "left by each projection (1: not bound)",
+    "bound": "bound, share of the steps so far",
 }
 
 
@@ -79,21 +79,24 @@ def plot_layers(
     ends = [shown[name].nan_to_num(nan=0).tolist() for name in lengths]
     low = _scale(ax, [value for values in ends for value in values])
     moved = [end > MIN_RADIUS for end in ends[-1]]  # the others have no place on a logarithmic scale
+    less = [value < low for value in ends[0]]  # than the scale shows
     ends = [[max(v, low) if here else math.nan for v, here in zip(values, moved, strict=True)] for values in ends]
-    if len(ends) == 2:
+    if not any(moved):
+        ax.text(0.5, 0.5, "no constrained tensor has moved", transform=ax.transAxes, ha="center", color=GREY)
+    elif len(ends) == 2:
         allowed, wanted = ends
         ax.hlines(rows, allowed, wanted, color=colors, linewidth=2, alpha=0.35, zorder=1)
-        ax.scatter(allowed, rows, s=60, marker="|", color=colors, label="allowed", zorder=2)
+        seen = [math.nan if is_less else end for end, is_less in zip(allowed, less, strict=True)]
+        hidden = [end if is_less else math.nan for end, is_less in zip(allowed, less, strict=True)]
+        ax.scatter(seen, rows, s=60, marker="|", color=colors, label="allowed", zorder=2)
+        ax.scatter(hidden, rows, s=30, marker="$<$", color=colors, label="allowed less than the scale shows", zorder=2)
         ax.scatter(wanted, rows, s=18, color=colors, label="wanted", zorder=3)
         _name_ends(ax, allowed, wanted, ("allowed", "wanted") if "bound" in shown else ("after", "before"))
     else:
         ax.scatter(ends[0], rows, s=18, color=BLUE, label="distance", zorder=3)
-    if "bound" in shown:
-        _bars(ax, shown["bound"], colors, "bound, % of steps", shown["pinned"])
-    elif "ratio" in shown:
-        _bars(ax, left(shown), colors, "ratio, %")
-    elif "omega" in shown:
-        _bars(ax, shown["omega"], colors, "omega, %")
+    shares = {"kept, %": left(shown)} if "wanted" in shown else {}
+    shares |= {f"{name}, %": shown[name] for name in ("bound", "omega") if name in shown}
+    _bars(ax, shares, colors, shown.get("pinned"))
     ax.set_title(title, loc="left", fontsize="medium")
     ax.set_xlabel("distance from the pretrained value" + (", mean over the steps" if "bound" in shown else ""))
     _name_rows(ax, list(sizes))
@@ -123,20 +126,22 @@ def _name_ends(ax: Axes, left_end: Sequence[float], right_end: Sequence[float], 
         )
 
 
-def _bars(ax: Axes, shares: Tensor, colors: Sequence[str], title: str, pinned: Tensor | None = None) -> None:
-    """Shares as bars at the right of the axes, each with its number."""
+def _bars(ax: Axes, shares: Mapping[str, Tensor], colors: Sequence[str], pinned: Tensor | None) -> None:
+    """Shares as bars at the right of the axes, a column each, every bar with its number."""
     from mpl_toolkits.axes_grid1 import make_axes_locatable  # type: ignore[import-untyped]
 
-    right = make_axes_locatable(ax).append_axes("right", size="28%", pad=0.15, sharey=ax)
-    _style(right)
-    rows, percent = range(len(shares)), (100 * shares.nan_to_num(nan=0)).tolist()
-    right.barh(rows, percent, height=0.6, color=colors, alpha=0.5)
-    for row, share in enumerate(percent):
-        word = " pinned" if pinned is not None and float(pinned[row]) >= PINNED else ""
-        right.text(2, row, f"{share:.0f}{word}", va="center", fontsize="x-small")
-    right.set(xlim=(0, 108))
-    right.set_title(title, loc="left", fontsize="small")
-    right.tick_params(labelleft=False, labelbottom=False, left=False, bottom=False)
+    divider = make_axes_locatable(ax)
+    for title, values in shares.items():
+        right = divider.append_axes("right", size="20%", pad=0.15, sharey=ax)
+        _style(right)
+        rows, percent = range(len(values)), (100 * values.nan_to_num(nan=0)).tolist()
+        right.barh(rows, percent, height=0.6, color=colors, alpha=0.5)
+        for row, share in enumerate(percent):
+            is_pinned = title.startswith("bound") and pinned is not None and float(pinned[row]) >= PINNED
+            right.text(2, row, f"{share:.0f}{' pinned' if is_pinned else ''}", va="center", fontsize="x-small")
+        right.set(xlim=(0, 108))
+        right.set_title(title, loc="left", fontsize="small")
+        right.tick_params(labelleft=False, labelbottom=False, left=False, bottom=False)
 
 
 def plot_steps(
@@ -157,6 +162,7 @@ def plot_steps(
     values = torch.stack([shown[quantity] for _, shown in by_step])
     figure, ax = axes_for(ax, width=7.5, height=_height(len(sizes)))
     from matplotlib.colors import BoundaryNorm, LogNorm, Normalize
+    from matplotlib.ticker import MaxNLocator
 
     edges = [(a + b) / 2 for a, b in pairwise(steps)]
     edges = [steps[0] - 0.5, *edges, steps[-1] + 0.5]
@@ -176,8 +182,10 @@ def plot_steps(
     mesh = ax.pcolormesh(edges, bounds, values.T.numpy(), norm=norm, cmap="cividis")
     bar = figure.colorbar(mesh, ax=ax, extend=extend, format="%g")
     bar.ax.tick_params(labelsize="small", color=GREY)
-    ax.set_title(f"{title}: {_EXPLAINED.get(quantity, quantity)}", loc="left", fontsize="medium")
+    bar.set_label(_EXPLAINED.get(quantity, quantity), fontsize="small")
+    ax.set_title(title, loc="left", fontsize="medium")
     ax.set(xlabel="optimizer step")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(visible=False)
     _name_rows(ax, list(sizes))
     ax.set_ylim(len(sizes) - 0.5, -0.5)

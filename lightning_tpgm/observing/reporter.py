@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_tpgm.observing.history import History
 from lightning_tpgm.observing.leaving import Leaving
 from lightning_tpgm.observing.plotting import plot_layers, plot_steps
-from lightning_tpgm.observing.reporting import PER_TENSOR, Row, by_name, rows_of
+from lightning_tpgm.observing.reporting import LOGGED, PER_TENSOR, Row, by_name, rows_of
 from lightning_tpgm.observing.table import print_table
 from lightning_tpgm.observing.verdict import explain
 from lightning_tpgm.observing.watch import Watch
@@ -29,12 +30,14 @@ class Reporter:
 
     Args:
         title: The method's name.
+        growth: By how much a radius can grow in a step, see `lightning_tpgm.methods.method.Method.growth`.
     """
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, growth: float) -> None:
+        self.title, self.growth = title, growth
         self.history = History()
         self.leaving = Leaving()
+        self.order: Sequence[str] = ()  # of the model's parameters; those that thawed late were constrained last
         self.last: Quantities = {}  # at the end of the fit, on the CPU
         self._watch = Watch()
         self.run = math.inf  # optimizer steps, as far as anybody knows
@@ -66,45 +69,56 @@ class Reporter:
 
     def report(self, anchors: Mapping[str, Tensor], quantities: Quantities) -> list[Row]:
         """One dict per constrained tensor; empty before the first fit."""
-        return rows_of(anchors, quantities or self.last)
+        names, found = self._in_order(anchors, quantities or self.last)
+        return rows_of({name: anchors[name] for name in names} if found else anchors, found)
 
     def each(self, prefix: str, anchors: Mapping[str, Tensor], quantities: Quantities) -> dict[str, float]:
         """Each tensor's numbers, as ``PREFIX_radius/NAME``; waits for the device."""
         found: dict[str, float] = {}
-        for name in (name for name in PER_TENSOR if name in quantities):
+        for name in (name for name in LOGGED if name in quantities):
             found |= by_name(f"{prefix}_{name}/", anchors, quantities[name])
         return found
 
-    def print_table(self, title: str, anchors: Mapping[str, Tensor]) -> None:
+    def print_table(self, anchors: Mapping[str, Tensor]) -> None:
         """Print what was wanted and what was allowed, and the verdict, if there was a fit."""
         if self.last:
-            print_table(title, list(anchors), self.last, self.explain(anchors, {}))
+            print_table(self.title, *self._in_order(anchors, self.last), self.explain(anchors, {}))
 
     def explain(self, anchors: Mapping[str, Tensor], quantities: Quantities) -> str:
         """The verdict in words; waits for the device."""
-        return explain(list(anchors), {name: vector.cpu() for name, vector in (quantities or self.last).items()})
+        names, found = self._in_order(anchors, quantities or self.last)
+        return explain(names, found, self.history.count, is_fixed=self.growth < math.inf)
 
     def plot(
         self, anchors: Mapping[str, Tensor], quantities: Quantities, over: Over, quantity: Quantity, ax: Any
     ) -> tuple[Any, Any]:
         """Draw layers, or a heat map of one quantity; see `lightning_tpgm.Constraint.plot`."""
-        names, now = list(anchors), quantities or self.last
+        names, now = self._in_order(anchors, quantities or self.last)
         if over not in ("layers", "steps"):
             raise ValueError(f"`over` should be 'layers' or 'steps', found {over!r}.")
         if not now:
             raise ValueError(f"{self.title} has nothing to draw yet. Plot during or after a fit.")
         title = self.title.removesuffix("Callback")
         if over == "layers":
-            return plot_layers(names, {name: vector.cpu() for name, vector in now.items()}, title, ax)
+            return plot_layers(names, now, title, ax)
         if quantity not in now:
             raise ValueError(f"`quantity` should be one of {[q for q in PER_TENSOR if q in now]}, found {quantity!r}.")
-        steps, matrix = self.history.with_present(quantity, now[quantity])
-        return plot_steps(names, steps, matrix, title, quantity, ax)
+        steps, matrix = self.history.with_present(quantity, (quantities or self.last)[quantity])
+        names, ordered = self._in_order(anchors, {quantity: matrix})
+        return plot_steps(names, steps, ordered[quantity], title, quantity, ax)
 
-    def troubles(self, quantities: Quantities, sizes: Callable[[], Tensor], growth: float) -> Iterator[str]:
+    def _in_order(self, anchors: Mapping[str, Tensor], found: Quantities) -> tuple[list[str], Quantities]:
+        """Names and quantities, shape (..., T), on the CPU in the order of the model; waits for the device."""
+        place = {name: index for index, name in enumerate(self.order)}
+        names = sorted(anchors, key=lambda name: place.get(name, len(place)))
+        columns = {name: column for column, name in enumerate(anchors)}
+        at = torch.tensor([columns[name] for name in names], dtype=torch.long)
+        return names, {name: vector.cpu()[..., at] for name, vector in found.items()}
+
+    def troubles(self, quantities: Quantities, sizes: Callable[[], Tensor]) -> Iterator[str]:
         """What goes wrong silently, each once; see `lightning_tpgm.observing.watch.Watch.look`."""
         if quantities:
-            for trouble in self._watch.look(self.history.count, quantities, sizes, growth, self.run):
+            for trouble in self._watch.look(self.history.count, quantities, sizes, self.growth, self.run):
                 yield f"{self.title}: {trouble}"
 
     def outside(self, names: Sequence[str]) -> Iterator[str]:

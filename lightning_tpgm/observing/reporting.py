@@ -25,7 +25,9 @@ from torch import Tensor
 from lightning_tpgm.observing.names import blocks
 
 PER_TENSOR = ("radius", "distance", "ratio", "bound", "omega")
-"""The quantities that are logged and kept for each tensor."""
+"""The quantities that are kept for each tensor, over the steps."""
+LOGGED = (*PER_TENSOR, "wanted", "allowed")
+"""Those that are logged for each tensor, on request."""
 PINNED = 0.8
 """A tensor that was held at its anchor in at least this share of its steps is called pinned."""
 Row = dict[str, Any]

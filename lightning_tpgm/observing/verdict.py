@@ -1,4 +1,4 @@
-"""What a method did, in up to three sentences that say no more than the numbers."""
+"""What a method did, in a few short sentences that say no more than the numbers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from lightning_tpgm.projection import MIN_RADIUS
 
 MOST = 24  # layers that are judged one by one
 FREE, PLAIN = 0.3, 0.1  # of the steps: what is bound in fewer
-TIGHT = 0.5  # of what was wanted: what is allowed less
+TIGHT = 0.5  # of the distance: what keeps less
 LITTLE, MUCH = 0.1, 0.9  # of the distance, after the fact
+FEW = 50  # steps: radii start at half of the first distance, and need some steps to leave it
 
 
-def explain(names: Sequence[str], quantities: Mapping[str, Tensor]) -> str:
+def explain(names: Sequence[str], quantities: Mapping[str, Tensor], steps: float, is_fixed: bool = False) -> str:
     """Which part of the network was held, for how much of the run, and what that suggests.
 
     Args:
         names: Of T tensors; they are judged by layer, many layers by block.
         quantities: Shape (T,) each, on the CPU.
+        steps: How many optimizer steps there were.
+        is_fixed: Whether a number given by the user bounds how fast radii grow.
     """
     if not quantities:
         return "Nothing was constrained yet."
@@ -32,49 +35,52 @@ def explain(names: Sequence[str], quantities: Mapping[str, Tensor]) -> str:
         return "No constrained tensor has moved yet."
     if "wanted" not in shown:
         return _distances(labels, shown, quantities)
-    return _of_steps(labels, shown) if "bound" in shown else _after_the_fact(labels, shown)
+    return _of_steps(labels, shown, steps, is_fixed) if "bound" in shown else _after_the_fact(labels, shown)
 
 
-def _of_steps(labels: Sequence[str], shown: Mapping[str, Tensor]) -> str:
-    r"""Who was bound in few steps moved freely; who was allowed less than half of what was wanted was held tightly.
+def _of_steps(labels: Sequence[str], shown: Mapping[str, Tensor], steps: float, is_fixed: bool) -> str:
+    r"""Who was bound in few steps moved freely; who kept less than half of the distance was held tightly.
 
     >>> text = _of_steps(["stem", "body", "head"], {"wanted": torch.ones(3), "allowed": torch.tensor([0.1, 0.7, 1.0]),
-    ...     "bound": torch.tensor([1.0, 0.6, 0.2]), "pinned": torch.tensor([0.9, 0.0, 0.0])})
-    >>> print(text.replace(". ", ".\n").replace("; ", ";\n"))
+    ...     "bound": torch.tensor([1.0, 0.6, 0.2]), "pinned": torch.tensor([0.9, 0.0, 0.0])}, 500, is_fixed=False)
+    >>> print(text.replace(". ", ".\n"))
     head moved freely: bound in 20 % of the steps.
-    body was held back: bound in 60 % of the steps, and allowed 70 % of the distance that was wanted.
-    stem was pinned: at the pretrained value in 90 % of the steps;
-    lower the learning rate, or exclude it, if accuracy in distribution matters more.
+    body was held back: bound in 60 % of the steps, and kept 70 % of the distance.
+    stem was pinned: held almost at the pretrained value in 90 % of the steps.
+    For more accuracy in distribution, lower the learning rate, or exclude it.
     """
     ratios, bound, acted = left(shown), shown["bound"], shown["wanted"] > MIN_RADIUS
     pinned = acted & (shown["pinned"] >= PINNED)
     free = acted & ~pinned & (bound < FREE)
     tight = acted & ~pinned & ~free & (ratios < TIGHT)
-    tight &= ~pinned.any()  # there is one sentence for those that were held most
     held = acted & ~pinned & ~free & ~tight
-
-    def bounds(chosen: Tensor) -> str:
-        steps, allowed = _percent(bound, chosen), _percent(ratios, chosen)
-        return f"bound in {steps} of the steps, and allowed {allowed} of the distance that was wanted"
 
     sentences = []
     if free.any():
         sentences.append(f"{_who(labels, free)} moved freely: bound in {_percent(bound, free)} of the steps")
-    if held.any():
-        sentences.append(f"{_was(labels, held)} held back: {bounds(held)}")
-    if tight.any():
-        sentences.append(f"{_was(labels, tight)} held tightly: {bounds(tight)}{_advice(tight)}")
+    for chosen, how in ((held, "held back"), (tight, "held tightly")):
+        if chosen.any():
+            kept = (
+                f"bound in {_percent(bound, chosen)} of the steps, and kept {_percent(ratios, chosen)} of the distance"
+            )
+            sentences.append(f"{_was(labels, chosen)} {how}: {kept}")
     if pinned.any():
-        steps = f"in {_percent(shown['pinned'], pinned)} of the steps"
-        sentences.append(f"{_was(labels, pinned)} pinned: at the pretrained value {steps}{_advice(pinned)}")
+        share = _percent(shown["pinned"], pinned)
+        sentences.append(f"{_was(labels, pinned)} pinned: held almost at the pretrained value in {share} of the steps")
+    if (pinned | tight).any():
+        sentences.append(_advice(pinned | tight, steps, is_fixed))
     if bool((bound[acted] < PLAIN).all()):
         sentences.append("So this was nearly plain fine-tuning")
     return ". ".join(sentences) + "."
 
 
-def _advice(held: Tensor) -> str:
-    excluded = "" if bool(held.all()) else f", or exclude {'it' if _is_one(held) else 'them'},"
-    return f"; lower the learning rate{excluded} if accuracy in distribution matters more"
+def _advice(held: Tensor, steps: float, is_fixed: bool) -> str:
+    if steps < FEW:
+        return f"After {steps} step{'s' * (steps != 1)} this says little yet"
+    ways = ["raise `radius_lr` or use 'auto'"] if is_fixed else ["lower the learning rate"]
+    if not bool(held.all()):
+        ways.append(f"exclude {'it' if _is_one(held) else 'them'}")
+    return f"For more accuracy in distribution, {', or '.join(ways)}"
 
 
 def _after_the_fact(labels: Sequence[str], shown: Mapping[str, Tensor]) -> str:
@@ -93,21 +99,26 @@ def _after_the_fact(labels: Sequence[str], shown: Mapping[str, Tensor]) -> str:
         sentences.append(f"{_was(labels, back)} taken back to {_percent(ratios, back)} of the distance")
     if home.any():
         remains = f"{_percent(ratios, home)} of the distance is left"
-        sentences.append(f"{_was(labels, home)} put back to the pretrained value: {remains}")
+        sentences.append(f"{_was(labels, home)} put back almost to the pretrained value: {remains}")
     return ". ".join(sentences) + "."
 
 
 def _distances(labels: Sequence[str], shown: Mapping[str, Tensor], quantities: Mapping[str, Tensor]) -> str:
-    """Of methods without radii."""
+    r"""Of methods without radii.
+
+    >>> found = {"distance": torch.tensor([3.0, 4.0]), "omega": torch.tensor([0.2, 0.5])}
+    >>> print(_distances(["body", "head"], found, found).replace(". ", ".\n"))
+    The constrained tensors together are 5 away from their pretrained values.
+    head is farthest, at 4.
+    Of what leads away in a gradient, DiGraP now takes out 20 to 50 %.
+    """
     total, farthest = float(quantities["distance"].norm()), int(shown["distance"].argmax())
     count = len(quantities["distance"])
-    text = (
-        f"All {count} tensors together are at a distance of {total:.3g} from their pretrained values,"
-        f" {labels[farthest]} is farthest with {float(shown['distance'][farthest]):.3g}."
-    )
+    text = f"The constrained tensors together are {total:.3g} away from their pretrained values."
+    text += f" {labels[farthest]} is farthest, at {float(shown['distance'][farthest]):.3g}."
     if "omega" in quantities:
         omega = _percent(quantities["omega"], torch.ones(count, dtype=torch.bool))
-        text += f" Of a gradient's part that leads away, {omega} is taken out now."
+        text += f" Of what leads away in a gradient, DiGraP now takes out {omega}."
     return text
 
 
@@ -117,8 +128,7 @@ def _who(labels: Sequence[str], chosen: Tensor) -> str:
 
 
 def _was(labels: Sequence[str], chosen: Tensor) -> str:
-    several = int(chosen.sum()) > 1
-    return f"{_who(labels, chosen)} {'were' if several else 'was'}"
+    return f"{_who(labels, chosen)} {'was' if _is_one(chosen) else 'were'}"
 
 
 def _is_one(chosen: Tensor) -> bool:

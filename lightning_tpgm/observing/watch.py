@@ -66,8 +66,8 @@ class Watch:
                 "floor",
                 f"For {step - self._at_floor_since} optimizer steps all {len(radius)} radii have been at their floor of"
                 f" {MIN_RADIUS:g}: the weights stay where they were pretrained. Each step of the optimizer goes where"
-                " the loss that the radii learn from is higher. Lower the learning rate, and check that the held-out"
-                " data are like the training data.",
+                " the loss that the radii learn from is higher. Lower the learning rate. If the radii learn from"
+                " held-out data, check that these are like the training data.",
             )
         if not bool(binds.all()):
             self._at_bound_since = None
