@@ -37,8 +37,9 @@ class History:
             vectors: Shape (T,) each; a quantity that is new has no values at the records before.
         """
         for name, vector in vectors.items():
-            missed = [vector.new_empty(0, dtype=torch.float32) for _ in self.steps]
-            self.values.setdefault(name, missed).append(vector.detach().to(torch.float32, copy=True))
+            if name not in self.values:
+                self.values[name] = [vector.new_empty(0, dtype=torch.float32) for _ in self.steps]
+            self.values[name].append(vector.detach().to(torch.float32, copy=True))
         self.steps.append(self.count)
         if len(self.steps) == self.LIMIT:
             self.stride *= 2
