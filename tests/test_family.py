@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback
+from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, constrain
+from lightning_tpgm.methods import FTP
 from parity_model import BATCH_SIZE, load_recording
 from reference import ReferenceDiGraP, ReferenceFTP, ReferenceL2SP, ReferenceSPD
 from test_exact_method import LitParity, Recorder, Tensors, assert_final, fit, loss_of
@@ -116,6 +117,27 @@ def test_ftp_first_step_snaps_back_to_the_anchor() -> None:
     fit(module, [FTPCallback()], data, precision="64-true", max_steps=1)
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(parameter.detach(), by_hand.anchors[name], rtol=0, atol=1e-8)
+
+
+def test_ftp_goes_on_from_each_tensors_own_last_step() -> None:
+    """Steps leave tensors out, and the distances of the last step are known without being measured again."""
+    torch.manual_seed(0)
+    module = torch.nn.ParameterDict({"a": torch.randn(3, 4), "b": torch.randn(5)}).double()
+    reference = ReferenceFTP(dict(module.named_parameters()), radius_lr=0.02)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    constraint = constrain(module, FTP(radius_lr=0.02), optimizer)
+    for step in range(9):
+        # much the same way at every step, so that radii grow
+        grads = {name: 1 + 0.3 * torch.randn_like(weight) for name, weight in module.named_parameters()}
+        taken: dict[str, Tensor | None] = {**grads, "b": None} if step in (2, 3, 6) else {**grads}
+        moved = {}
+        for name, weight in module.named_parameters():
+            weight.grad = grad = taken[name]
+            moved[name] = weight.detach().clone() if grad is None else weight.detach() - 0.1 * grad
+        optimizer.step()
+        for name, expected in reference.after_step(moved, taken).items():
+            torch.testing.assert_close(module[name].detach(), expected, rtol=1e-9, atol=1e-12)
+        assert constraint.radii == pytest.approx(reference.radii, rel=1e-9)
 
 
 # --- SPD, L2-SP, DiGraP ---

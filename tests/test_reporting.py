@@ -541,6 +541,8 @@ def test_names_are_shortened_to_what_differs() -> None:
     assert shortened(["a", "a.b"]) == ["a", "a.b"]
     assert shortened(["only.one"]) == ["only.one"]
     assert in_words(list("abcdefghi"), [letter not in "bdfh" for letter in "abcdefghi"]) == "a, c and 3 others"
+    runs = [True, False, True, False, True, True, True, False, True]
+    assert in_words(list("abcdefghi"), runs) == "a, c and 4 others"  # a run counts with all of its labels
 
 
 def test_blocks_do_not_hold_most_of_a_deep_network() -> None:
@@ -585,6 +587,9 @@ def test_verdict_says_no_more_than_the_numbers() -> None:
     tight = verdict(allowed=[0.9, 0.4], bound=[0.8, 0.9], pinned=[0, 0])
     assert "b was held tightly: bound in 90 % of the steps, and kept 40 % of the distance." in tight
     assert tight.endswith(" For more accuracy in distribution, lower the learning rate, or exclude it.")
+    seldom = verdict(allowed=[0.4], bound=[0.29], pinned=[0])
+    assert seldom == "a moved freely: bound in 29 % of the steps."  # and is not also held tightly
+    assert "a was held tightly" in verdict(allowed=[0.4], bound=[0.3], pinned=[0])
     all_pinned = verdict(allowed=[0, 0.0], bound=[1.0, 1.0], pinned=[1.0, 1.0])
     assert all_pinned.endswith(" lower the learning rate.")  # if all were excluded, nothing would be left
     still = verdict(allowed=[0.0], bound=[0.0], pinned=[0.0], wanted=[0.0])
