@@ -148,6 +148,15 @@ def test_a_batch_of_another_structure_is_the_first_cause(tmp_path: Path) -> None
     assert type(caught.value.__cause__) is not MisconfigurationException
 
 
+def test_a_batch_of_another_structure_is_the_first_cause_in_a_loss_callable_too(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="It differs in structure") as caught:
+        fit(tmp_path, Classifier(), TPGMCallback(DataLoader(Dicts(), 4), loss=STEPS["loss callable"]))
+    causes = str(caught.value).partition("likeliest first:\n")[2].splitlines()
+    assert [cause.partition(" ")[0] for cause in causes] == ["(1)", "(2)", "(3)"]
+    assert causes[0].startswith("(1) held-out batches look different from those that it is written for")
+    assert causes[1].startswith("(2) the loss callable needs what only the training loop gives it")
+
+
 class Odd(dict[str, Tensor]):
     """Says no keys."""
 

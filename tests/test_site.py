@@ -69,6 +69,8 @@ def test_signatures_write_out_what_all_callbacks_share() -> None:
         assert str(parameters["exclude"].annotation) == "Sequence[str]"
         assert parameters["log"].default == "'summary'"
         assert "\n    save_anchor: Whether checkpoints hold the anchors.\n" in callback.docstring.value
+    parameters = {parameter.name: parameter for parameter in package["callbacks.tpgm.TPGMCallback.__init__"].parameters}
+    assert str(parameters["every_n_steps"].default) == "4"  # not a name of the package
     assert str(package["observing.shown.Shown.report"].returns) == "list[dict[str, Any]]"
 
 

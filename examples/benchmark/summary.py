@@ -192,6 +192,13 @@ def over_rates(
     return mean_and_error(complete) if complete else (math.nan, math.nan)
 
 
+def signed(mean: float, error: float) -> str:
+    """A difference with its standard error, if there were several runs; empty if there was none."""
+    if math.isnan(mean):
+        return ""
+    return f"{mean:+.1f} (one run)" if math.isnan(error) else f"{mean:+.1f} ± {error:.1f}"
+
+
 def averages_table(suites: Sequence[SuiteResults]) -> str:
     """Differences from plain fine-tuning and between the two sweeps, averaged over the learning rates."""
     rows = []
@@ -201,8 +208,7 @@ def averages_table(suites: Sequence[SuiteResults]) -> str:
                 compared = [(method, PLAIN) for method in SHOWN[1:]] + [(TPGM_SWEEP, WISE_FT)]
                 found = [over_rates(suite, *pair, domains, condition) for pair in compared]
                 if not all(math.isnan(mean) for mean, _ in found):
-                    shown = ["" if math.isnan(mean) else f"{mean:+.1f} ± {error:.1f}" for mean, error in found]
-                    rows.append([f"{suite.name}, {condition}", heading, *shown])
+                    rows.append([f"{suite.name}, {condition}", heading, *(signed(*each) for each in found)])
     return markdown(["suite, condition", "tested", *SHOWN[1:], "TPGM's sweep less WiSE-FT"], rows)
 
 
