@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import torch
 from torch.optim import Optimizer
@@ -121,11 +121,10 @@ class Constraint(Attached):
         with suppress(RuntimeError):  # after an error there may be no memory to measure them
             self.reporter.conclude(self.seen())
         self.tensors, self._gathering, self._candidates = None, [], {}
-        try:
+        with ExitStack() as at_last:  # also with a device that is broken
+            at_last.callback(self.anchors.release)
+            at_last.callback(self.method.release)
             self.reporter.leave_device()
-            self.method.release()
-        finally:  # also with a device that is broken
-            self.anchors.release()
 
     # ---- what is seen of it
 

@@ -86,6 +86,8 @@ class FTP(Method):
         """n of every row before the last projection: known, if these tensors were the last ones to be stepped."""
         if self._last_rows is not None and self._last_rows[0] is tensors:
             return self._last_rows[1]
+        if not any(name in self.unprojected.weights for name in tensors.names):  # no slope is known, whatever they are
+            return tensors.of_rows(tensors.scalar().expand(len(tensors.names)))
         return tensors.rows(previous)
 
     @override
@@ -110,5 +112,5 @@ class FTP(Method):
 
     @override
     def release(self) -> None:
-        super().release()
         self._last_rows = None
+        super().release()
