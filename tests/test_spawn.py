@@ -51,7 +51,7 @@ def test_processes_started_as_functions(loading: str, rows: list[list[int]], tmp
     assert ranks[0]["radii"] == ranks[1]["radii"]
     assert ranks[0]["weights"] == ranks[1]["weights"] == found["parent"]["weights"]
     assert found["parent"]["radii"] == {}
-    assert printed.count("what TPGMCallback learns stays in the processes that ddp_spawn") == 1
+    assert printed.count("What TPGMCallback learns in this fit stays in the processes that ddp_spawn") == 1
 
     saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
     (state,) = (state for key, state in saved["callbacks"].items() if key.startswith("TPGMCallback"))
