@@ -55,11 +55,11 @@ def step_sums(
     Returns:
         <G_row, D_prev_row>, what adds up to n of D, and what else is asked for, in this order. Shape (2 to 5, R).
     """
-    d = deviation(previous, anchor)
     if old_distance:
+        d = deviation(previous, anchor)
         found, more = [(d * gradient).sum(dim=1)], [_sums(d, norm)]
     else:
-        found, more = [d.mul_(gradient).sum(dim=1)], []
+        found, more = [dots(gradient, previous, anchor)], []
     d = deviation(weight, anchor)
     if directions:
         more += [(d * gradient).sum(dim=1), gradient.to(d.dtype).square().sum(dim=1)]

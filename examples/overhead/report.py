@@ -66,7 +66,7 @@ def floor_table(times: Times) -> str:
     for (model, batch), t in times.items():
         floor = t["evaluation"] + COPIES * t["copy"]
         tpgm = [f"{t[name] / floor:.2f}" for name in tpgms]
-        ftp = f"{t['naive FTP'] / t['FTP, mars']:.2f}" if "naive FTP" in t else "not yet"
+        ftp = f"{t['naive FTP'] / t['FTP, mars']:.2f}"
         more = f"{1 + t['FTP, l2'] / t['plain step']:.2f}"
         rows.append([model, str(batch), *tpgm, f"{t['naive'] / t['TPGM, mars']:.2f}", ftp, more])
     return table([*head, "plain + FTP, l2"], rows)

@@ -24,6 +24,12 @@ from lightning_tpgm.callbacks.framework import (
 from lightning_tpgm.callbacks.shared import configuration_errors
 from lightning_tpgm.callbacks.source import Anew, check_many_passes, ends_for_good, missing_arguments
 
+HOW_TO_GIVE_THEM = (
+    "Pass `dataloader`, or define tpgm_dataloader() or val_dataloader() in the datamodule or the module. FTPCallback"
+    " needs none."
+)
+"""What to do where there are no held-out data."""
+
 
 def has_default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """Whether `default_loaders` will find any.
@@ -76,9 +82,7 @@ def default_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple
     if all(isinstance(loader, list | tuple | dict) and not loader for loader in found):  # to Lightning [] is a loader
         why = "val_dataloader() gave None" if loaders is None else "there is no validation loader"
         raise MisconfigurationException(
-            f"TPGMCallback found no held-out data to learn the radii from, because {why}. Pass"
-            " `dataloader`, or define tpgm_dataloader() or val_dataloader() in the datamodule or the module."
-            " FTPCallback needs none."
+            f"TPGMCallback found no held-out data to learn the radii from, because {why}. {HOW_TO_GIVE_THEM}"
         )
     described = (
         "the validation data. Choosing radii and checkpoints on the same data makes the validation score optimistic. To"

@@ -19,7 +19,7 @@ from lightning_tpgm.callbacks.framework import (
     with_progress_bar,
 )
 from lightning_tpgm.callbacks.heldout_gradient import HeldOutGradient
-from lightning_tpgm.callbacks.loaders import has_default_loaders
+from lightning_tpgm.callbacks.loaders import HOW_TO_GIVE_THEM, has_default_loaders
 from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.callbacks.radii import WithRadii
 from lightning_tpgm.callbacks.shared import Shared, configuration_errors
@@ -136,8 +136,7 @@ class TPGMCallback(WithRadii, MethodCallback):
             )
         if self.dataloader is None and not has_default_loaders(trainer, pl_module):
             raise MisconfigurationException(
-                f"{type(self).__name__} found no held-out data to learn the radii from. Pass `dataloader`, or define"
-                " tpgm_dataloader() or val_dataloader() in the datamodule or the module. FTPCallback needs none."
+                f"{type(self).__name__} found no held-out data to learn the radii from. {HOW_TO_GIVE_THEM}"
             )
 
     @override

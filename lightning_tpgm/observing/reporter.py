@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from lightning_tpgm.observing.history import History
@@ -70,7 +69,7 @@ class Reporter:
     def report(self, anchors: Mapping[str, Tensor], quantities: Quantities) -> list[Row]:
         """One dict per constrained tensor; empty before the first fit."""
         names, found = self._in_order(anchors, quantities or self.last)
-        return rows_of({name: anchors[name] for name in names} if found else anchors, found)
+        return rows_of({name: anchors[name] for name in names}, found)
 
     def each(self, prefix: str, anchors: Mapping[str, Tensor], quantities: Quantities) -> dict[str, float]:
         """Each tensor's numbers, as ``PREFIX_radius/NAME``; waits for the device."""
@@ -93,27 +92,26 @@ class Reporter:
         self, anchors: Mapping[str, Tensor], quantities: Quantities, over: Over, quantity: Quantity, ax: Any
     ) -> tuple[Any, Any]:
         """Draw layers, or a heat map of one quantity; see `lightning_tpgm.Constraint.plot`."""
-        names, now = self._in_order(anchors, quantities or self.last)
+        now = quantities or self.last
         if over not in ("layers", "steps"):
             raise ValueError(f"`over` should be 'layers' or 'steps', found {over!r}.")
         if not now:
             raise ValueError(f"{self.title} has nothing to draw yet. Plot during or after a fit.")
         title = self.title.removesuffix("Callback")
         if over == "layers":
-            return plot_layers(names, now, title, ax)
+            return plot_layers(*self._in_order(anchors, now), title, ax)
         if quantity not in now:
             raise ValueError(f"`quantity` should be one of {[q for q in PER_TENSOR if q in now]}, found {quantity!r}.")
-        steps, matrix = self.history.with_present(quantity, (quantities or self.last)[quantity])
+        steps, matrix = self.history.with_present(quantity, now[quantity])
         names, ordered = self._in_order(anchors, {quantity: matrix})
         return plot_steps(names, steps, ordered[quantity], title, quantity, ax)
 
     def _in_order(self, anchors: Mapping[str, Tensor], found: Quantities) -> tuple[list[str], Quantities]:
         """Names and quantities, shape (..., T), on the CPU in the order of the model; waits for the device."""
         place = {name: index for index, name in enumerate(self.order)}
-        names = sorted(anchors, key=lambda name: place.get(name, len(place)))
-        columns = {name: column for column, name in enumerate(anchors)}
-        at = torch.tensor([columns[name] for name in names], dtype=torch.long)
-        return names, {name: vector.cpu()[..., at] for name, vector in found.items()}
+        names = list(anchors)
+        columns = sorted(range(len(names)), key=lambda column: place.get(names[column], len(place)))
+        return [names[at] for at in columns], {name: vector.cpu()[..., columns] for name, vector in found.items()}
 
     def troubles(self, quantities: Quantities, sizes: Callable[[], Tensor]) -> Iterator[str]:
         """What goes wrong silently, each once; see `lightning_tpgm.observing.watch.Watch.look`."""

@@ -18,7 +18,7 @@ LITTLE, MUCH = 0.1, 0.9  # of the distance, after the fact
 FEW = 50  # steps: radii start at half of the first distance, and need some steps to leave it
 
 
-def explain(names: Sequence[str], quantities: Mapping[str, Tensor], steps: float, is_fixed: bool = False) -> str:
+def explain(names: Sequence[str], quantities: Mapping[str, Tensor], steps: int, is_fixed: bool = False) -> str:
     """Which part of the network was held, for how much of the run, and what that suggests.
 
     Args:
@@ -38,7 +38,7 @@ def explain(names: Sequence[str], quantities: Mapping[str, Tensor], steps: float
     return _of_steps(labels, shown, steps, is_fixed) if "bound" in shown else _after_the_fact(labels, shown)
 
 
-def _of_steps(labels: Sequence[str], shown: Mapping[str, Tensor], steps: float, is_fixed: bool) -> str:
+def _of_steps(labels: Sequence[str], shown: Mapping[str, Tensor], steps: int, is_fixed: bool) -> str:
     r"""Who was bound in few steps moved freely; who kept less than half of the distance was held tightly.
 
     >>> text = _of_steps(["stem", "body", "head"], {"wanted": torch.ones(3), "allowed": torch.tensor([0.1, 0.7, 1.0]),
@@ -60,10 +60,9 @@ def _of_steps(labels: Sequence[str], shown: Mapping[str, Tensor], steps: float, 
         sentences.append(f"{_who(labels, free)} moved freely: bound in {_percent(bound, free)} of the steps")
     for chosen, how in ((held, "held back"), (tight, "held tightly")):
         if chosen.any():
-            kept = (
-                f"bound in {_percent(bound, chosen)} of the steps, and kept {_percent(ratios, chosen)} of the distance"
-            )
-            sentences.append(f"{_was(labels, chosen)} {how}: {kept}")
+            often, kept = _percent(bound, chosen), _percent(ratios, chosen)
+            bounds = f"bound in {often} of the steps, and kept {kept} of the distance"
+            sentences.append(f"{_was(labels, chosen)} {how}: {bounds}")
     if pinned.any():
         share = _percent(shown["pinned"], pinned)
         sentences.append(f"{_was(labels, pinned)} pinned: held almost at the pretrained value in {share} of the steps")
@@ -74,7 +73,7 @@ def _of_steps(labels: Sequence[str], shown: Mapping[str, Tensor], steps: float, 
     return ". ".join(sentences) + "."
 
 
-def _advice(held: Tensor, steps: float, is_fixed: bool) -> str:
+def _advice(held: Tensor, steps: int, is_fixed: bool) -> str:
     if steps < FEW:
         return f"After {steps} step{'s' * (steps != 1)} this says little yet"
     ways = ["raise `radius_lr` or use 'auto'"] if is_fixed else ["lower the learning rate"]
