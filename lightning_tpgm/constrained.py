@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_tpgm.layout import Layout, Matrices
 from lightning_tpgm.norms import Norm
-from lightning_tpgm.projection import safe_ratio
+from lightning_tpgm.projection import is_coarse, safe_ratio
 from lightning_tpgm.sharding import Sharding, is_fsdp2, is_split, local, local_gradient
 
 
@@ -85,6 +85,11 @@ class Constrained:
         """Whether any is split over processes, so that measuring is collective."""
         return any(map(is_split, self.parameters))
 
+    @cached_property
+    def are_coarse(self) -> bool:
+        """Whether any has 16 bits, so that a deviation may not fit into its dtype."""
+        return any(is_coarse(parameter.dtype) for parameter in self.parameters)
+
     # ---- how they are arranged
 
     def prepare(self, for_balls: bool) -> None:
@@ -111,8 +116,7 @@ class Constrained:
 
     @cached_property
     def _row_sizes(self) -> Tensor:
-        zeros = self._layout.arrange([None] * len(self.names))
-        return self.distances(self._layout.sums(self.anchors, zeros))
+        return self.sizes(self.anchors)
 
     def _local(self) -> list[Tensor]:
         return [local(parameter) for parameter in self.parameters]
@@ -160,28 +164,43 @@ class Constrained:
     def step_sums(
         self,
         weights: Matrices,
-        previous: Matrices,
+        before: Matrices,
         gradients: Sequence[Tensor | None],
-        copies: Sequence[Tensor | None] = (),
-        old_distance: bool = True,
+        kept: Sequence[Tensor | None],
         directions: bool = False,
     ) -> Tensor:
         """What a step asks of this process's part of every row, in one pass over the memory of all that enters.
 
         Args:
             weights: W.
-            previous: The weights at the step before, W0 + D_prev.
+            before: D_prev, the deviations at the step before.
             gradients: G, this process's parts, one per tensor. None counts as zeros.
-            copies: The weights are written into these parts on the way, one per tensor; None is left alone.
-            old_distance: Whether what adds up to n of D_prev is asked for, too.
-            directions: Whether <G_row, D_row> and <G_row, G_row> are asked for, too.
+            kept: D is written into these parts, one per tensor; None is left alone. Those of ``before`` may be among
+                them.
+            directions: Whether what adds up to n of D_prev, <G_row, D_row> and <G_row, G_row> are asked for, too.
 
         Returns:
             <G_row, D_prev_row>, what adds up to n of D, and what else is asked for, in this order. `distances`, or in
-            l2 `total`, adds up. Shape (2 to 5, rows).
+            l2 `total`, adds up. Shape (2 or 5, rows).
         """
-        copies, grads = copies or [None] * len(self.names), self.arrange(gradients)
-        return self._layout.step_sums(weights, previous, self.anchors, grads, copies, old_distance, directions)
+        return self._layout.step_sums(weights, self.anchors, before, self.arrange(gradients), kept, directions)
+
+    def change_sums(self, weights: Matrices, before: Matrices, gradients: Sequence[Tensor | None]) -> Tensor:
+        """<G_row, D_prev_row>, and what adds up to n of D and of D_prev, of this process's part of every row.
+
+        Args:
+            weights: W.
+            before: The weights before the step, W0 + D_prev.
+            gradients: G, as in `step_sums`.
+
+        Returns:
+            Shape (3, rows).
+        """
+        return self._layout.change_sums(weights, self.anchors, before, self.arrange(gradients))
+
+    def sizes(self, matrices: Matrices) -> Tensor:
+        """The norm of every row of these matrices themselves, shape (rows,): n, if they are deviations."""
+        return self.distances(self._layout.sums(matrices, self._layout.arrange([None] * len(self.names))))
 
     def distances(self, sums: Tensor) -> Tensor:
         """n of every row from what adds up to it, any shape (..., rows)."""
@@ -245,6 +264,10 @@ class Constrained:
     def add_deviations(self, gradients: Sequence[Tensor | None], weights: Matrices, factors: Tensor) -> None:
         """G := G + factor D, in place, one factor per tensor, shape (T,); None is left alone."""
         self._layout.add_deviations(gradients, weights, self.anchors, self.of_rows(factors))
+
+    def add(self, gradients: Sequence[Tensor | None], deviations: Matrices, factors: Tensor) -> None:
+        """The same from D itself."""
+        self._layout.add(gradients, deviations, self.of_rows(factors))
 
 
 def gathering(model: nn.Module) -> list[nn.Module]:

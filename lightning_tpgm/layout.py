@@ -76,39 +76,36 @@ class Layout:
     # ---- rows
 
     def sums(self, weights: Matrices, anchors: Matrices, copies: Sequence[Tensor] = ()) -> Tensor:
-        """What adds up to n of every row, see `lightning_tpgm.blocks.sums`.
-
-        Args:
-            weights: W.
-            anchors: W0.
-            copies: The weights are written into them on the way, while they are in the cache.
-        """
-        return self._of_rows(partial(blocks.sums, norm=self._kind), weights, anchors, copies=copies)
+        """What adds up to n of every row, see `lightning_tpgm.blocks.sums`; the weights are written into the copies."""
+        return self._of_rows(partial(blocks.sums, norm=self._kind), weights, anchors, kept=copies)
 
     def dots(self, gradients: Matrices, weights: Matrices, anchors: Matrices) -> Tensor:
         """<G_row, D_row> of every row."""
         return self._of_rows(blocks.dots, gradients, weights, anchors)
 
+    def change_sums(self, weights: Matrices, anchors: Matrices, before: Matrices, gradients: Matrices) -> Tensor:
+        """What a change of the weights asks of every row, see `lightning_tpgm.blocks.change_sums`, shape (3, rows)."""
+        return self._of_rows(partial(blocks.change_sums, norm=self._kind), weights, anchors, before, gradients)
+
     def step_sums(
         self,
         weights: Matrices,
-        previous: Matrices,
         anchors: Matrices,
+        before: Matrices,
         gradients: Matrices,
-        copies: Sequence[Tensor | None],
-        old_distance: bool,
+        kept: Sequence[Tensor | None],
         directions: bool,
     ) -> Tensor:
-        """What a step asks of every row, see `lightning_tpgm.blocks.step_sums`, shape (2 to 5, rows).
+        """What a step asks of every row, see `lightning_tpgm.blocks.step_sums`, shape (2 or 5, rows).
 
-        The weights are written into the copies, one for each tensor, on the way; None is left alone.
+        D is written into what is kept, one for each tensor; None is left alone.
         """
-        targets = [None if group.is_missing(copies) else group.to_write(copies, reads=False) for group in self._groups]
-        function = partial(blocks.step_sums, norm=self._kind, old_distance=old_distance, directions=directions)
-        found = self._of_rows(function, weights, previous, anchors, gradients, copies=targets)
+        targets = [None if group.is_missing(kept) else group.to_write(kept, reads=False) for group in self._groups]
+        function = partial(blocks.step_sums, norm=self._kind, directions=directions)
+        found = self._of_rows(function, weights, anchors, before, gradients, kept=targets)
         for group, target in zip(self._groups, targets, strict=True):
             if target is not None:
-                group.write(target, copies)
+                group.write(target, kept)
         return found
 
     def project(
@@ -124,7 +121,7 @@ class Layout:
             inside: Whether rounding to 16 bits must not lengthen a row, see `lightning_tpgm.projection.project_inside`.
         """
         write = partial(blocks.write_inside, norm=self._kind) if inside else blocks.write_projection
-        self._rewrite(write, tensors, weights, anchors, ratios, reads=False)
+        self._rewrite(write, tensors, ratios, weights, anchors, reads=False)
 
     def add_deviations(
         self, gradients: Sequence[Tensor | None], weights: Matrices, anchors: Matrices, factors: Tensor
@@ -137,28 +134,31 @@ class Layout:
             anchors: W0.
             factors: One of every row.
         """
-        self._rewrite(blocks.add_deviation, gradients, weights, anchors, factors, reads=True)
+        self._rewrite(blocks.add_deviation, gradients, factors, weights, anchors, reads=True)
+
+    def add(self, gradients: Sequence[Tensor | None], deviations: Matrices, factors: Tensor) -> None:
+        """The same from D itself."""
+        self._rewrite(blocks.add, gradients, factors, deviations, reads=True)
 
     def _rewrite(
         self,
-        change: Callable[[Tensor, Tensor, Tensor, Tensor], None],
+        change: Callable[..., None],
         tensors: Sequence[Tensor | None],
-        weights: Matrices,
-        anchors: Matrices,
         values: Tensor,
+        *operands: Matrices,
         reads: bool,
     ) -> None:
-        """Change the tensors in place, block by block, given W, W0 and the values of the rows; None is left alone.
+        """Change the tensors in place, block by block, given the values of the rows and matrices; None is left alone.
 
         ``reads`` says whether what the tensors hold enters the change.
         """
-        groups = zip(self._groups, weights, anchors, torch.split(values.unsqueeze(1), self._sizes), strict=True)
-        for group, weight, anchor, value in groups:
+        groups = zip(self._groups, torch.split(values.unsqueeze(1), self._sizes), *operands, strict=True)
+        for group, value, *matrices in groups:
             if group.is_missing(tensors):
                 continue
             matrix = group.to_write(tensors, reads)
-            for target, w, w0, each in group.blocks(matrix, weight, anchor, value.expand_as(matrix)):
-                change(target, w, self._here(w0), each)
+            for target, each, *operand in group.blocks(matrix, value.expand_as(matrix), *matrices):
+                change(target, each, *map(self._here, operand))
             group.write(matrix, tensors)
 
     def _here(self, block: Tensor) -> Tensor:
@@ -166,16 +166,13 @@ class Layout:
         return block.to(self._device, non_blocking=True)
 
     def _of_rows(
-        self, function: Callable[..., Tensor], *operands: Matrices, copies: Sequence[Tensor | None] = ()
+        self, function: Callable[..., Tensor], *operands: Matrices, kept: Sequence[Tensor | None] = ()
     ) -> Tensor:
-        """Sums over every row, block by block, shape (..., rows); the first operand is written into the copies."""
+        """Sums over every row, block by block, shape (..., rows); what is kept is the last operand, where there is."""
         found = []
-        for group, copy, *matrices in zip(self._groups, copies or [None] * len(operands[0]), *operands, strict=True):
-            parts = []
-            for *operand, target in group.blocks(*matrices, matrices[0] if copy is None else copy):
-                parts.append(function(*map(self._here, operand)))
-                if copy is not None:
-                    target.copy_(operand[0])
+        for group, target, *matrices in zip(self._groups, kept or [None] * len(operands[0]), *operands, strict=True):
+            targets = () if target is None else (target,)
+            parts = [function(*map(self._here, operand)) for operand in group.blocks(*matrices, *targets)]
             rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             found.append((rows.sum(dim=-1, keepdim=True) if group.one_row and len(parts) > 1 else rows).to(self.dtype))
         return torch.cat(found, dim=-1) if found else torch.empty(0, dtype=self.dtype, device=self._device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import compress
 from typing import Any
 
 import pytest
@@ -97,40 +96,54 @@ def test_rows_and_projections_are_those_of_one_tensor(
     shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=12),
     norm=st.sampled_from(["mars", "l2"]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-    old=st.booleans(),
     directions=st.booleans(),
     last=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_one_pass_gives_what_a_step_asks_for(
-    shapes: list[tuple[int, ...]], norm: Norm, dtype: torch.dtype, old: bool, directions: bool, last: bool, seed: int
+    shapes: list[tuple[int, ...]], norm: Norm, dtype: torch.dtype, directions: bool, last: bool, seed: int
 ) -> None:
-    """The copies may be the previous weights, and those of every third tensor are left alone."""
-    weights, previous, anchors, grads = (some(shapes, seed + i, dtype) for i in range(4))
-    moved, before = ([deviation(*pair) for pair in zip(of, anchors, strict=True)] for of in (weights, previous))
+    """What is kept may be the deviations before, and those of every third tensor are left alone."""
+    weights, before, anchors, grads = (some(shapes, seed + i, dtype) for i in range(4))
+    moved = [deviation(*pair) for pair in zip(weights, anchors, strict=True)]
+    wide = [d.to(now.dtype) for d, now in zip(before, moved, strict=True)]
     expected = [
-        [row_dot(g, d, norm) for g, d in zip(grads, before, strict=True)],
+        [row_dot(g, d, norm) for g, d in zip(grads, wide, strict=True)],
         [row_distance(d, norm) for d in moved],
-        [row_distance(d, norm) for d in before],
+        [row_distance(d, norm) for d in wide],
         [row_dot(g, d, norm) for g, d in zip(grads, moved, strict=True)],
         [row_dot(g, g.to(d.dtype), norm) for g, d in zip(grads, moved, strict=True)],
     ]
     layout = Layout(weights, norm)
-    w, p, a, g = (layout.arrange(tensors) for tensors in (weights, previous, anchors, grads))
-    targets = previous if last else some(shapes, seed + 4, dtype)
+    w, a, b, g = (layout.arrange(tensors) for tensors in (weights, anchors, before, grads))
+    targets = before if last else some(shapes, seed + 4, dtype)
     kept = [None if index % 3 == 0 else target for index, target in enumerate(targets)]
-    left = [
-        weight if index % 3 else target.clone()
-        for index, (target, weight) in enumerate(zip(targets, weights, strict=True))
-    ]
-    sums = layout.step_sums(w, p, a, g, kept, old, directions)
-    asked = [True, True, old, directions, directions]
-    distances = slice(1, 3 if old else 2)
+    pairs = zip(targets, moved, strict=True)
+    left = [d.to(dtype) if index % 3 else target.clone() for index, (target, d) in enumerate(pairs)]
+    sums = layout.step_sums(w, a, b, g, kept, directions)
+    distances = slice(1, 3 if directions else 2)
     sums[distances] = from_sums(sums[distances], norm)
-    assert len(sums) == sum(asked)
-    for found, values in zip(sums, compress(expected, asked), strict=True):
+    for found, values in zip(sums, expected if directions else expected[:2], strict=True):
         torch.testing.assert_close(rows_in_order(layout, found, len(shapes)), one_by_one(values))
     assert all(map(torch.equal, targets, left))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=12),
+    norm=st.sampled_from(["mars", "l2"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_what_a_change_asks_for(shapes: list[tuple[int, ...]], norm: Norm, dtype: torch.dtype, seed: int) -> None:
+    weights, before, anchors, grads = (some(shapes, seed + i, dtype) for i in range(4))
+    new, old = ([deviation(*pair) for pair in zip(of, anchors, strict=True)] for of in (weights, before))
+    layout = Layout(weights, norm)
+    sums = layout.change_sums(*map(layout.arrange, (weights, anchors, before, grads)))
+    sums[1:] = from_sums(sums[1:], norm)
+    dots = [row_dot(g, d, norm) for g, d in zip(grads, old, strict=True)]
+    for found, values in zip(sums, [dots, *([row_distance(d, norm) for d in ds] for ds in (new, old))], strict=True):
+        torch.testing.assert_close(rows_in_order(layout, found, len(shapes)), one_by_one(values))
 
 
 @pytest.mark.parametrize("norm", ["mars", "l2"])

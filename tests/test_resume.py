@@ -15,7 +15,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_tpgm import TPGMCallback
+from lightning_tpgm import DiGraPCallback, FTPCallback, TPGMCallback
 from properties import assert_same
 from toys import (
     BATCH_SIZE,
@@ -67,8 +67,7 @@ def outcome(trainer: pl.Trainer, module: pl.LightningModule, callback: TPGMCallb
         "weights": checkpoint["state_dict"],
         "optimizers": checkpoint["optimizer_states"],
         "callback": checkpoint["callbacks"][callback.state_key],
-        "radii": callback.radii,
-        "distances": callback.distances,
+        **{name: getattr(callback, name) for name in ("radii", "distances") if hasattr(callback, name)},
         "step": trainer.global_step,
     }
 
@@ -266,11 +265,12 @@ def test_exact_resume_with_each_setting(setting: str, tmp_path: Path) -> None:
     assert_same(resumed(make, checkpoint, tmp_path, optimizer=optimizer), expected)
 
 
+@pytest.mark.parametrize("make", [TPGMCallback, FTPCallback, DiGraPCallback])
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
-def test_exact_resume_in_each_precision(precision: str, tmp_path: Path) -> None:
-    expected = uninterrupted(TPGMCallback, tmp_path, precision=precision)
-    checkpoint = by_save_checkpoint(TPGMCallback, tmp_path, precision=precision)
-    assert_same(resumed(TPGMCallback, checkpoint, tmp_path, precision=precision), expected)
+def test_exact_resume_in_each_precision(precision: str, make: MakeCallback, tmp_path: Path) -> None:
+    expected = uninterrupted(make, tmp_path, precision=precision)
+    checkpoint = by_save_checkpoint(make, tmp_path, precision=precision)
+    assert_same(resumed(make, checkpoint, tmp_path, precision=precision), expected)
 
 
 @pytest.mark.parametrize(

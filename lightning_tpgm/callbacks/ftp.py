@@ -16,7 +16,7 @@ class FTPCallback(WithRadii, MethodCallback):
     """Learns radii as TPGM does, from the next training gradient: no held-out data, no extra forward or backward.
 
     The first step snaps back to the anchor. From then on each gradient says how the step before it should have been
-    projected. `lightning_tpgm.methods.FTP` has the rule. Beside the anchor the callback keeps the unprojected weights
+    projected. `lightning_tpgm.methods.FTP` has the rule. Beside the anchor the callback keeps the unprojected deviation
     of the last step. A tensor that an optimizer step leaves out (it belongs to another optimizer, or has no gradient)
     is left out here too.
 

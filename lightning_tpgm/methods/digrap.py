@@ -57,7 +57,7 @@ class DiGraP(Method):
     def __init__(self, omega_lr: float = 1e-2) -> None:
         check(is_number(omega_lr) and omega_lr > 0, "omega_lr", "a positive number", omega_lr)
         self.omegas = Omegas(omega_lr)
-        self.unstepped = LastStep()  # the weights before each tensor's last step
+        self.unstepped = LastStep()  # D before each tensor's last step
         # what a step that is about to happen will leave, of these tensors
         self._next, self._newer, self._stepping = self.omegas, LastStep(), list[str]()
 
@@ -70,10 +70,10 @@ class DiGraP(Method):
     def change_gradients(self, tensors: Constrained, step: Step) -> None:
         """Updates omega, then g := g - omega g_proj where there is a conflict."""
         grads, weights = tensors.gradients(), tensors.weights()
-        previous, present = self.unstepped.of(tensors), [grad is not None for grad in grads]
+        before, present = self.unstepped.of(tensors), [grad is not None for grad in grads]
         stepping, known = tensors.vector(present), self.unstepped.known(tensors)
-        copies = self._newer.memory(tensors, present)
-        sums = tensors.step_sums(weights, previous, grads, copies, directions=True)
+        kept = self._newer.memory(tensors, present)
+        sums = tensors.step_sums(weights, before, grads, kept, directions=True)
         dots, squared, old_squared, inner, size_squared = tensors.total(sums)
         self._next = copy(self.omegas)
         with self._next.of(tensors) as omegas:
@@ -88,7 +88,7 @@ class DiGraP(Method):
             lr = torch.where(conflict, tensors.learning_rates(step.optimizer), 0)
             omegas.lr_used = torch.where(stepping, lr, omegas.lr_used)
         self._stepping = [name for name, here in zip(tensors.names, present, strict=True) if here]
-        tensors.add_deviations(grads, weights, -shares)
+        tensors.add(grads, self._newer.of(tensors), -shares)
 
     @override
     def after(self, tensors: Constrained, step: Step) -> None:
@@ -104,13 +104,13 @@ class DiGraP(Method):
     @override
     def state(self) -> dict[str, Any]:
         """omega, its Adam state, and the last step."""
-        return {"omegas": self.omegas.state_dict(), "lr": self.omegas.lr_used.cpu(), "previous": self.unstepped.state()}
+        return {"omegas": self.omegas.state_dict(), "lr": self.omegas.lr_used.cpu(), "before": self.unstepped.state()}
 
     @override
     def load(self, state: dict[str, Any]) -> None:
         self.omegas.load_state_dict(state["omegas"])
         self.omegas.lr_used = state["lr"]
-        self.unstepped.load(state["previous"])
+        self.unstepped.load(state.get("before", {}))  # older checkpoints have none: a step learns nothing
 
     @override
     def release(self) -> None:

@@ -62,33 +62,34 @@ class FTP(Method):
     @override
     def after(self, tensors: Constrained, step: Step) -> None:
         """Updates the radii from the gradient that the step used, and projects the weights."""
-        grads, weights, previous = tensors.gradients(), tensors.weights(), self.unprojected.of(tensors)
+        grads, weights, before = tensors.gradients(), tensors.weights(), self.unprojected.of(tensors)
         present = [grad is not None for grad in grads]
         stepped, known = tensors.vector(present), self.unprojected.known(tensors)
-        previous_rows = self._rows_of(tensors, previous)
-        copies = self.unprojected.memory(tensors, present)
-        dots, sums = tensors.step_sums(weights, previous, grads, copies, old_distance=False)
+        rows_before = self._rows_of(tensors, before)
+        kept = self.unprojected.memory(tensors, present)
+        dots, sums = tensors.step_sums(weights, before, grads, kept)
         rows = tensors.distances(sums)
-        slope = tensors.total(dots / (previous_rows + EPS))  # dgamma; 0 without gradient, meaningless if not known
+        slope = tensors.total(dots / (rows_before + EPS))  # dgamma; 0 without gradient, meaningless if not known
         largest = tensors.largest(rows)
         with self.radii.of(tensors) as radii:
             radii.start(torch.full_like(radii.value, MIN_RADIUS), where=stepped)
             radii.follow(largest, stepped)
             radii.adam(torch.where(slope > 0, self.k * slope, slope), where=stepped & known, lr=radii.rates(1))
             # Adam counts the optimizer's steps: the next is t = 2
-            radii.step = torch.where(stepped & ~known, 1, radii.step)
+            radii.step = torch.where(stepped & ~known, radii.step.clamp(min=1), radii.step)
             radii.clamp(largest + EPS, where=stepped)
             tensors.project(weights, rows, radii.bounds, moved=present)
             radii.projected(largest, moved=stepped)
-        self._last_rows = tensors, torch.where(tensors.of_rows(stepped), rows, previous_rows)
+        if not tensors.are_coarse:  # else those of the rounded deviations count, as after a resume
+            self._last_rows = tensors, torch.where(tensors.of_rows(stepped), rows, rows_before)
 
-    def _rows_of(self, tensors: Constrained, previous: Matrices) -> Tensor:
+    def _rows_of(self, tensors: Constrained, before: Matrices) -> Tensor:
         """n of every row before the last projection: known, if these tensors were the last ones to be stepped."""
         if self._last_rows is not None and self._last_rows[0] is tensors:
             return self._last_rows[1]
-        if not any(name in self.unprojected.weights for name in tensors.names):  # no slope is known, whatever they are
+        if self.unprojected.deviations.keys().isdisjoint(tensors.names):  # no slope is known, whatever they are
             return tensors.of_rows(tensors.scalar().expand(len(tensors.names)))
-        return tensors.rows(previous)
+        return tensors.sizes(before)
 
     @override
     def quantities(self, tensors: Constrained) -> dict[str, Tensor]:
@@ -102,13 +103,12 @@ class FTP(Method):
 
     @override
     def state(self) -> dict[str, Any]:
-        return {**self.radii.method_state(), "previous": self.unprojected.state()}
+        return {**self.radii.method_state(), "unprojected": self.unprojected.state()}
 
     @override
     def load(self, state: dict[str, Any]) -> None:
         self.radii.load_method_state(state)
-        self.unprojected.load(state["previous"])
-        self._last_rows = None
+        self.unprojected.load(state.get("unprojected", {}))  # older checkpoints have none: a step learns nothing
 
     @override
     def release(self) -> None:

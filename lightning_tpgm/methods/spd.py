@@ -46,7 +46,7 @@ class SPD(Method):
         """Decays the tensors whose gradient asks for it."""
         before, self._before = self._before, []
         grads, weights = tensors.gradients(), tensors.weights()
-        consistency, *squares = tensors.total(tensors.step_sums(weights, before, grads))
+        consistency, *squares = tensors.total(tensors.change_sums(weights, before, grads))
         new, old = (square.sqrt() for square in squares)
         rho = torch.where(new > 0, (new - old) / new, 0).clamp(0, 1)
         decay = torch.where(consistency > 0, self.strength * rho, 0)
