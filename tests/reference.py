@@ -208,7 +208,10 @@ class ReferenceTPGM:
                         loss_grad, deviations[name], self.radii[name], self.norm, self.boundary_dtype
                     )
                     rate = self._rate(name, distances) if self.auto else None
-                    self.radii[name] = self.adams[name].step(self.radii[name], gradient, rate)
+                    radius = self.adams[name].step(self.radii[name], gradient, rate)
+                    if self.auto and not self.at_end:
+                        radius = min(radius, self._limit(name))
+                    self.radii[name] = radius
 
         self._clamp(distances)
         for name, pace in self.paces.items():
@@ -221,6 +224,11 @@ class ReferenceTPGM:
         if self.at_end:
             return max(distances[name]) / self.radius_steps
         return 0.5 * self.paces[name].mean * self.every_n_steps / self.radius_steps
+
+    def _limit(self, name: str) -> float:
+        """In four steps half as much again, but a tenth of a step it may always become."""
+        steps = self.every_n_steps / self.radius_steps
+        return max(1.5 ** (steps / 4) * self.radii[name], 0.1 * self.paces[name].mean)
 
     def _clamp(self, distances: dict[str, list[float]]) -> None:
         for name in self.anchors:

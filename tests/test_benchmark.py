@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 from torch.utils.data import TensorDataset
 
 import benchmark
 import cache
 import summary
+from lightning_tpgm import TPGMCallback
 from methods import AFTER, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
 from results import Result, Run, append, mean_and_error, read
 from suite import Suite, load_suite
@@ -189,3 +191,20 @@ def test_readmes_have_the_tables_of_the_committed_results() -> None:
 def test_put_changes_nothing_but_what_is_between_the_marks() -> None:
     text = "a\n<!-- table of x: begin -->\nold\n<!-- table of x: end -->\nb\n"
     assert summary.put(text, "x", "new\n") == text.replace("old", "new")
+
+
+@pytest.mark.slow
+def test_the_default_saves_a_fit_that_diverges() -> None:
+    """SGD at 0.1 on digits. Radii that grew at the optimizer's pace from the first slopes on were lost with it."""
+    suite = load_suite("digits")
+    found = {}
+    for name, callbacks in {"plain": [], "TPGM": [TPGMCallback()]}.items():
+        fit = benchmark.Fit(suite, Run(TPGM, "SGD", 0.1, (), seed=0))
+        benchmark.configure(fit.model, fit.condition, fit.steps)
+        trainer = Trainer(
+            **benchmark.QUIET, max_epochs=-1, max_steps=fit.steps, limit_val_batches=0, callbacks=callbacks
+        )
+        trainer.fit(fit.model, datamodule=fit.data)
+        found[name] = [benchmark.accuracy(fit.model, fit.data.domains[domain]) for domain in ("digits", "rotated")]
+    assert max(found["plain"]) < 0.2
+    assert min(found["TPGM"]) > 0.9

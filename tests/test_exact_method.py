@@ -166,6 +166,28 @@ def test_exact_method_float64_loop(
     assert callback.radii["unmoved"] == 0.0
 
 
+def test_radii_that_keep_pace_grow_by_a_factor_at_most() -> None:
+    """All slopes say "farther", and the optimizer's steps are large: half as much again in four steps, or a tenth."""
+    from lightning_tpgm.methods.radii import Radii
+
+    radii = Radii("auto")
+    radii.add(["usual", "first distance of next to nothing", "not updated"])
+    radii.start(torch.tensor([1.0, 1e-8, 1.0]))
+    where, farther = torch.tensor([True, True, False]), -torch.ones(3)
+    found = [radii.value]
+    for _ in range(6):
+        radii.projected(torch.ones(3), moved=where)
+        radii.follow(radii.distance + 10, moved=where)
+        radii.learn(farther, where, steps=4)
+        found.append(radii.value)
+    usual, tiny, still = torch.stack(found).T.tolist()
+    assert usual == pytest.approx([1.5**update for update in range(7)])
+    assert tiny == pytest.approx([1e-8, *usual[:6]])
+    assert still == [1.0] * 7
+    radii.learn(farther, where, steps=1e6)  # a rare update
+    assert radii.value.isfinite().all()
+
+
 def test_exact_method_adam_equals_torch() -> None:
     """The radii's own Adam and `torch.optim.Adam` make the same steps, also for radii that join later."""
     from lightning_tpgm.methods.radii import Radii

@@ -110,14 +110,15 @@ class TPGM(Method):
         with self.radii.of(tensors) as radii:
             radii.start(tensors.smallest(rows) / 2, where=moved)
             radii.follow(largest, moved)
-            at_end = largest / self.radius_steps if radii.keeps_pace else None  # in all as far as the tensor has come
-            lr = at_end if self.acts_at_end else radii.rates(self.every_n_steps / self.radius_steps)
             try:
                 for _ in updates:
                     radii.clamp(largest, where=moved)
                     tensors.project(weights, rows, radii.bounds)
                     slope, known = self._slope(radii, tensors, weights, rows)
-                    radii.adam(slope, where=known & moved, lr=lr)
+                    if self.acts_at_end:  # in all as far as the tensor has come
+                        radii.adam(slope, known & moved, largest / self.radius_steps if radii.keeps_pace else None)
+                    else:
+                        radii.learn(slope, known & moved, self.every_n_steps / self.radius_steps)
             finally:  # whatever happens, the weights are left inside the ball
                 radii.clamp(largest, where=moved)
                 tensors.project(weights, rows, radii.bounds)
