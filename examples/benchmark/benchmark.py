@@ -104,8 +104,8 @@ class Fit:
         self.model = suite.model(run.seed, run.lr)
         self.pretrained = deepcopy(self.model.state_dict())
 
-    def carry_out(self) -> list[Result]:
-        """Fine-tune, and test what comes of it."""
+    def train(self) -> float:
+        """Fine-tune; the seconds that it took."""
         (method,) = (each for each in METHODS if each.name == self.run.method)
         own = dict(self.run.settings)
         if method.constrains and self.suite.exclude:
@@ -123,14 +123,18 @@ class Fit:
         seed_everything(self.run.seed, verbose=False)
         started = time.perf_counter()
         trainer.fit(self.model, datamodule=self.data)
-        seconds = time.perf_counter() - started
+        return time.perf_counter() - started
+
+    def carry_out(self) -> list[Result]:
+        """Fine-tune, and test what comes of it."""
+        seconds = self.train()
         end = deepcopy(self.model.state_dict())
-        found = [self._test(method.name, end, 1.0, seconds)]
-        if method.name == PLAIN:
+        found = [self._test(self.run.method, end, 1.0, seconds)]
+        if self.run.method == PLAIN:
             found += self._swept(WISE_FT, end, seconds)
             projected, more = self._after_the_fact(end)
             found.append(self._test(AFTER, projected, 1.0, seconds + more))
-        if method.name == TPGM:
+        if self.run.method == TPGM:
             found += self._swept(TPGM_SWEEP, end, seconds)
         return found
 
