@@ -15,7 +15,7 @@ class DiGraPCallback(MethodCallback):
     """Takes out of each gradient a learned share of what would move the tensor further from its pretrained value.
 
     `lightning_tpgm.methods.DiGraP` has the rule, and where the derivative of omega comes from. Beside the anchor the
-    callback keeps the weights of the last step.
+    callback keeps the deviation at the last step.
 
     Args:
         omega_lr: mu, the Adam learning rate of omega.

@@ -35,7 +35,7 @@ class Step:
 
 @runtime_checkable
 class Part(Protocol):
-    """What a method is made of: scalars of each tensor, the weights of the last step."""
+    """What a method is made of: scalars of each tensor, the last step."""
 
     def place(self, tensors: Constrained) -> None:
         """See `Method.place`."""
