@@ -9,21 +9,21 @@ from lightning_tpgm.norms import Norm, deviation
 from lightning_tpgm.projection import is_coarse, project, project_inside
 
 
-def sums(weight: Tensor, anchor: Tensor, kept: Tensor | None = None, *, norm: Norm) -> Tensor:
+def sums(weight: Tensor, anchor: Tensor, copy: Tensor | None = None, *, norm: Norm) -> Tensor:
     """What adds up to n of every row: the sum of its ``|d|`` (``"mars"``) or ``d^2`` (``"l2"``).
 
     Args:
         weight: W, shape (R, L).
         anchor: W0, same shape.
-        kept: W is written into it on the way, while it is in the cache.
+        copy: W is written into it on the way, while it is in the cache.
         norm: ``"mars"`` or ``"l2"``.
 
     Returns:
         Shape (R,), float32 at least. Those of a row's parts can be added. Then `lightning_tpgm.norms.from_sums` makes
         n of them.
     """
-    if kept is not None:
-        kept.copy_(weight)
+    if copy is not None:
+        copy.copy_(weight)
     d = deviation(weight, anchor)
     return _sums(d, norm, memory=d)
 
@@ -44,7 +44,7 @@ def step_sums(
     kept: Tensor | None = None,
     *,
     norm: Norm,
-    directions: bool,
+    more: bool,
 ) -> Tensor:
     """What a step asks of every row. What enters is read from memory once, then it is in the cache.
 
@@ -55,7 +55,7 @@ def step_sums(
         gradient: G, same shape.
         kept: D is written into it, rounded to its dtype. It may be ``before``.
         norm: ``"mars"`` or ``"l2"``.
-        directions: Whether what adds up to n of D_prev, <G_row, D_row> and <G_row, G_row> are asked for, too.
+        more: Whether what adds up to n of D_prev, <G_row, D_row> and <G_row, G_row> are asked for, too.
 
     Returns:
         <G_row, D_prev_row>, what adds up to n of D, and what else is asked for, in this order. Shape (2 or 5, R).
@@ -63,17 +63,16 @@ def step_sums(
     dtype = torch.promote_types(weight.dtype, torch.float32)
     before, gradient = before.to(dtype), gradient.to(dtype)
     memory = before * gradient
-    inner, more = memory.sum(dim=1), []
-    if directions:
-        more = [_sums(before, norm, memory)]
+    found = [memory.sum(dim=1)]
+    before_distance = [_sums(before, norm, memory)] if more else []
     fits = kept is not None and kept.dtype == dtype
     d = torch.sub(weight, anchor, out=kept) if fits else deviation(weight, anchor)
-    if directions:
-        more += [torch.mul(d, gradient, out=memory).sum(dim=1), torch.square(gradient, out=memory).sum(dim=1)]
-    found = torch.stack([inner, _sums(d, norm, memory), *more])
+    found += [_sums(d, norm, memory), *before_distance]
+    if more:
+        found += [torch.mul(d, gradient, out=memory).sum(dim=1), torch.square(gradient, out=memory).sum(dim=1)]
     if kept is not None and not fits:
         kept.copy_(d)
-    return found
+    return torch.stack(found)
 
 
 def change_sums(weight: Tensor, anchor: Tensor, before: Tensor, gradient: Tensor, norm: Norm) -> Tensor:
@@ -113,6 +112,6 @@ def add_deviation(gradient: Tensor, factor: Tensor, weight: Tensor, anchor: Tens
     gradient.add_(deviation(weight, anchor).mul_(factor))
 
 
-def add(gradient: Tensor, factor: Tensor, d: Tensor) -> None:
-    """The same from D itself."""
+def add_multiple(gradient: Tensor, factor: Tensor, d: Tensor) -> None:
+    """G := G + factor D, in place, from D itself."""
     gradient.addcmul_(d, factor)

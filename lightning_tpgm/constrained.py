@@ -167,7 +167,7 @@ class Constrained:
         before: Matrices,
         gradients: Sequence[Tensor | None],
         kept: Sequence[Tensor | None],
-        directions: bool = False,
+        more: bool = False,
     ) -> Tensor:
         """What a step asks of this process's part of every row, in one pass over the memory of all that enters.
 
@@ -177,13 +177,13 @@ class Constrained:
             gradients: G, this process's parts, one per tensor. None counts as zeros.
             kept: D is written into these parts, one per tensor; None is left alone. Those of ``before`` may be among
                 them.
-            directions: Whether what adds up to n of D_prev, <G_row, D_row> and <G_row, G_row> are asked for, too.
+            more: Whether what adds up to n of D_prev, <G_row, D_row> and <G_row, G_row> are asked for, too.
 
         Returns:
             <G_row, D_prev_row>, what adds up to n of D, and what else is asked for, in this order. `distances`, or in
             l2 `total`, adds up. Shape (2 or 5, rows).
         """
-        return self._layout.step_sums(weights, self.anchors, before, self.arrange(gradients), kept, directions)
+        return self._layout.step_sums(weights, self.anchors, before, self.arrange(gradients), kept, more)
 
     def change_sums(self, weights: Matrices, before: Matrices, gradients: Sequence[Tensor | None]) -> Tensor:
         """<G_row, D_prev_row>, and what adds up to n of D and of D_prev, of this process's part of every row.
@@ -265,9 +265,9 @@ class Constrained:
         """G := G + factor D, in place, one factor per tensor, shape (T,); None is left alone."""
         self._layout.add_deviations(gradients, weights, self.anchors, self.of_rows(factors))
 
-    def add(self, gradients: Sequence[Tensor | None], deviations: Matrices, factors: Tensor) -> None:
-        """The same from D itself."""
-        self._layout.add(gradients, deviations, self.of_rows(factors))
+    def add_multiples(self, gradients: Sequence[Tensor | None], deviations: Matrices, factors: Tensor) -> None:
+        """G := G + factor D, in place, from D itself; otherwise as `add_deviations`."""
+        self._layout.add_multiples(gradients, deviations, self.of_rows(factors))
 
 
 def gathering(model: nn.Module) -> list[nn.Module]:

@@ -77,7 +77,7 @@ class Layout:
 
     def sums(self, weights: Matrices, anchors: Matrices, copies: Sequence[Tensor] = ()) -> Tensor:
         """What adds up to n of every row, see `lightning_tpgm.blocks.sums`; the weights are written into the copies."""
-        return self._of_rows(partial(blocks.sums, norm=self._kind), weights, anchors, kept=copies)
+        return self._of_rows(partial(blocks.sums, norm=self._kind), weights, anchors, written=copies)
 
     def dots(self, gradients: Matrices, weights: Matrices, anchors: Matrices) -> Tensor:
         """<G_row, D_row> of every row."""
@@ -94,15 +94,15 @@ class Layout:
         before: Matrices,
         gradients: Matrices,
         kept: Sequence[Tensor | None],
-        directions: bool,
+        more: bool,
     ) -> Tensor:
         """What a step asks of every row, see `lightning_tpgm.blocks.step_sums`, shape (2 or 5, rows).
 
         D is written into what is kept, one for each tensor; None is left alone.
         """
         targets = [None if group.is_missing(kept) else group.to_write(kept, reads=False) for group in self._groups]
-        function = partial(blocks.step_sums, norm=self._kind, directions=directions)
-        found = self._of_rows(function, weights, anchors, before, gradients, kept=targets)
+        function = partial(blocks.step_sums, norm=self._kind, more=more)
+        found = self._of_rows(function, weights, anchors, before, gradients, written=targets)
         for group, target in zip(self._groups, targets, strict=True):
             if target is not None:
                 group.write(target, kept)
@@ -136,9 +136,9 @@ class Layout:
         """
         self._rewrite(blocks.add_deviation, gradients, factors, weights, anchors, reads=True)
 
-    def add(self, gradients: Sequence[Tensor | None], deviations: Matrices, factors: Tensor) -> None:
-        """The same from D itself."""
-        self._rewrite(blocks.add, gradients, factors, deviations, reads=True)
+    def add_multiples(self, gradients: Sequence[Tensor | None], deviations: Matrices, factors: Tensor) -> None:
+        """G := G + factor D, in place, from D itself; None is left alone."""
+        self._rewrite(blocks.add_multiple, gradients, factors, deviations, reads=True)
 
     def _rewrite(
         self,
@@ -166,13 +166,16 @@ class Layout:
         return block.to(self._device, non_blocking=True)
 
     def _of_rows(
-        self, function: Callable[..., Tensor], *operands: Matrices, kept: Sequence[Tensor | None] = ()
+        self, function: Callable[..., Tensor], *operands: Matrices, written: Sequence[Tensor | None] = ()
     ) -> Tensor:
-        """Sums over every row, block by block, shape (..., rows); what is kept is the last operand, where there is."""
+        """Sums over every row, block by block, shape (..., rows); what is written is the last argument, if any is."""
         found = []
-        for group, target, *matrices in zip(self._groups, kept or [None] * len(operands[0]), *operands, strict=True):
-            targets = () if target is None else (target,)
-            parts = [function(*map(self._here, operand)) for operand in group.blocks(*matrices, *targets)]
+        written = written or [None] * len(operands[0])
+        for group, target, *matrices in zip(self._groups, written, *operands, strict=True):
+            count, targets = len(matrices), () if target is None else (target,)
+            parts = [
+                function(*map(self._here, block[:count]), *block[count:]) for block in group.blocks(*matrices, *targets)
+            ]
             rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             found.append((rows.sum(dim=-1, keepdim=True) if group.one_row and len(parts) > 1 else rows).to(self.dtype))
         return torch.cat(found, dim=-1) if found else torch.empty(0, dtype=self.dtype, device=self._device)

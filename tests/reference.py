@@ -228,7 +228,7 @@ class ReferenceTPGM:
     def _limit(self, name: str) -> float:
         """In four steps half as much again, but a tenth of a step it may always become."""
         steps = self.every_n_steps / self.radius_steps
-        return max(1.5 ** (steps / 4) * self.radii[name], 0.1 * self.paces[name].mean)
+        return max(1.5 ** (min(steps, 100) / 4) * self.radii[name], 0.1 * self.paces[name].mean)
 
     def _clamp(self, distances: dict[str, list[float]]) -> None:
         for name in self.anchors:

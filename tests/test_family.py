@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -11,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, constrain
-from lightning_tpgm.methods import FTP
+from lightning_tpgm.methods import FTP, DiGraP
 from parity_model import BATCH_SIZE, load_recording
+from properties import assert_same as assert_nested_same
 from reference import ReferenceDiGraP, ReferenceFTP, ReferenceL2SP, ReferenceSPD
 from test_exact_method import LitParity, Recorder, Tensors, assert_final, fit, loss_of
 
@@ -138,6 +141,72 @@ def test_ftp_goes_on_from_each_tensors_own_last_step() -> None:
         for name, expected in reference.after_step(moved, taken).items():
             torch.testing.assert_close(module[name].detach(), expected, rtol=1e-9, atol=1e-12)
         assert constraint.radii == pytest.approx(reference.radii, rel=1e-9)
+
+
+class SomeSteps:
+    """Two tensors under a method, and steps of SGD with gradients of one's own, much the same way each time."""
+
+    def __init__(self, method: Any, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        self.method = method
+        self.module = torch.nn.ParameterDict({"a": torch.randn(3, 4), "b": torch.randn(5).to(dtype)})
+        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.1)
+        self.constraint = constrain(self.module, method, self.optimizer)
+
+    def take(self, count: int, seed: int, scale: float = 1.0, frozen: Sequence[str] = ()) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(count):
+            for name, weight in self.module.items():
+                grad = scale * (1 + 0.3 * torch.randn(weight.shape, generator=generator))
+                weight.requires_grad_(name not in frozen)
+                weight.grad = None if name in frozen else grad.to(weight.dtype)
+            self.optimizer.step()
+
+
+@pytest.mark.parametrize("method", [FTP, DiGraP])
+def test_a_state_is_put_back_in_the_middle(method: Any) -> None:
+    """As a tuner does that tries some steps: nothing of these is left."""
+    found = []
+    for tries in (0, 3):
+        run = SomeSteps(method())
+        run.take(4, seed=1)
+        state, weights = deepcopy((run.constraint.state_dict(), run.module.state_dict()))
+        run.take(tries, seed=2, scale=100.0)
+        run.module.load_state_dict(weights)
+        run.constraint.load(state)
+        run.take(3, seed=3)
+        found.append(run.constraint.state_dict()["method"])
+    assert_nested_same(*found)
+
+
+def test_ftp_knows_no_distances_of_rounded_deviations() -> None:
+    """A tensor of 16 bits is stepped every second time; what was known of the other one is not known any more."""
+    radii = []
+    for forgets in (False, True):
+        run = SomeSteps(FTP(radius_lr=0.02), torch.bfloat16)
+        for step in range(6):
+            run.take(1, seed=step, scale=1.0 + step, frozen=["b"] if step % 2 else [])
+            if forgets:
+                run.method._last_rows = None
+        radii.append(run.constraint.radii["a"])
+    assert radii[0] == radii[1]
+
+
+@pytest.mark.parametrize("method", [FTP, DiGraP])
+def test_an_older_checkpoint_goes_on_after_a_step_that_learns_nothing(method: Any) -> None:
+    run, name = SomeSteps(method()), {FTP: "unprojected", DiGraP: "unstepped"}[method]
+    run.take(5, seed=1)
+    state = run.constraint.state_dict()
+    learned = "radii" if method is FTP else "omegas"
+    before = state["method"][learned]
+    state["method"]["previous"] = state["method"].pop(name)
+    run.constraint.load_state_dict(state)
+    run.take(1, seed=2)
+    after = run.constraint.state_dict()["method"][learned]
+    assert torch.equal(after["exp_avg"], before["exp_avg"])
+    assert torch.equal(after["step"], before["step"] + (method is FTP))
+    run.take(1, seed=3)
+    assert not torch.equal(run.constraint.state_dict()["method"][learned]["exp_avg"], before["exp_avg"])
 
 
 # --- SPD, L2-SP, DiGraP ---

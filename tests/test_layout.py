@@ -96,12 +96,12 @@ def test_rows_and_projections_are_those_of_one_tensor(
     shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=12),
     norm=st.sampled_from(["mars", "l2"]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-    directions=st.booleans(),
+    more=st.booleans(),
     last=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_one_pass_gives_what_a_step_asks_for(
-    shapes: list[tuple[int, ...]], norm: Norm, dtype: torch.dtype, directions: bool, last: bool, seed: int
+    shapes: list[tuple[int, ...]], norm: Norm, dtype: torch.dtype, more: bool, last: bool, seed: int
 ) -> None:
     """What is kept may be the deviations before, and those of every third tensor are left alone."""
     weights, before, anchors, grads = (some(shapes, seed + i, dtype) for i in range(4))
@@ -120,10 +120,10 @@ def test_one_pass_gives_what_a_step_asks_for(
     kept = [None if index % 3 == 0 else target for index, target in enumerate(targets)]
     pairs = zip(targets, moved, strict=True)
     left = [d.to(dtype) if index % 3 else target.clone() for index, (target, d) in enumerate(pairs)]
-    sums = layout.step_sums(w, a, b, g, kept, directions)
-    distances = slice(1, 3 if directions else 2)
+    sums = layout.step_sums(w, a, b, g, kept, more)
+    distances = slice(1, 3 if more else 2)
     sums[distances] = from_sums(sums[distances], norm)
-    for found, values in zip(sums, expected if directions else expected[:2], strict=True):
+    for found, values in zip(sums, expected if more else expected[:2], strict=True):
         torch.testing.assert_close(rows_in_order(layout, found, len(shapes)), one_by_one(values))
     assert all(map(torch.equal, targets, left))
 
@@ -200,8 +200,9 @@ def test_small_tensors_of_any_order_share_a_matrix(norm: Norm, monkeypatch: pyte
         torch.testing.assert_close(tensor, value)
 
 
+@pytest.mark.parametrize("from_d", [False, True])
 @pytest.mark.parametrize("shape", [(3,), (6, 4)])
-def test_gradients(shape: tuple[int, ...]) -> None:
+def test_gradients(shape: tuple[int, ...], from_d: bool) -> None:
     weights, anchors, grads = (some([shape] * 3, seed) for seed in range(3))
     missing = [grads[0], None, grads[2]]
     expected = [g + 0.5 * (w - a) for g, w, a in zip(grads, weights, anchors, strict=True)]
@@ -210,7 +211,11 @@ def test_gradients(shape: tuple[int, ...]) -> None:
     dots = layout.total(layout.dots(layout.arrange(missing), w, a))
     assert dots[1] == 0
     assert dots[0] == pytest.approx((grads[0] * (weights[0] - anchors[0])).sum().item(), rel=1e-5)
-    layout.add_deviations(missing, w, a, torch.full((3,), 0.5))
+    rows = torch.full((3,), 0.5)
+    if from_d:
+        layout.add_multiples(missing, layout.arrange([w - a for w, a in zip(weights, anchors, strict=True)]), rows)
+    else:
+        layout.add_deviations(missing, w, a, rows)
     torch.testing.assert_close(grads[0], expected[0])
     torch.testing.assert_close(grads[2], expected[2])
 

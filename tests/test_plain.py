@@ -938,6 +938,10 @@ def test_errors_of_what_is_passed() -> None:
     state = constraint.state_dict()
     with pytest.raises(ValueError, match=r"^The state is not one of DiGraP: it lacks 'omegas'"):
         constrain(linear, DiGraP(), optimizer).load_state_dict(state)
+    of_tpgm = constrain(linear, TPGM(), optimizer, held_out_loss=lambda: linear(torch.ones(1, 2)).sum()).state_dict()
+    with pytest.raises(ValueError, match=r"^The state is not one of FTP: it lacks 'unprojected'"):
+        constraint.load_state_dict(of_tpgm)
+    constraint.load_state_dict(state)
     constraint.remove()
     with pytest.raises(ValueError, match=r"^FTP is attached to no model. Call load_state_dict before remove"):
         constraint.load_state_dict(state)

@@ -73,7 +73,7 @@ class DiGraP(Method):
         before, present = self.unstepped.of(tensors), [grad is not None for grad in grads]
         stepping, known = tensors.vector(present), self.unstepped.known(tensors)
         kept = self._newer.memory(tensors, present)
-        sums = tensors.step_sums(weights, before, grads, kept, directions=True)
+        sums = tensors.step_sums(weights, before, grads, kept, more=True)
         dots, squared, old_squared, inner, size_squared = tensors.total(sums)
         self._next = copy(self.omegas)
         with self._next.of(tensors) as omegas:
@@ -88,7 +88,7 @@ class DiGraP(Method):
             lr = torch.where(conflict, tensors.learning_rates(step.optimizer), 0)
             omegas.lr_used = torch.where(stepping, lr, omegas.lr_used)
         self._stepping = [name for name, here in zip(tensors.names, present, strict=True) if here]
-        tensors.add(grads, self._newer.of(tensors), -shares)
+        tensors.add_multiples(grads, self._newer.of(tensors), -shares)
 
     @override
     def after(self, tensors: Constrained, step: Step) -> None:
@@ -104,13 +104,18 @@ class DiGraP(Method):
     @override
     def state(self) -> dict[str, Any]:
         """omega, its Adam state, and the last step."""
-        return {"omegas": self.omegas.state_dict(), "lr": self.omegas.lr_used.cpu(), "before": self.unstepped.state()}
+        return {
+            "omegas": self.omegas.state_dict(),
+            "lr": self.omegas.lr_used.cpu(),
+            "unstepped": self.unstepped.state(),
+        }
 
     @override
     def load(self, state: dict[str, Any]) -> None:
         self.omegas.load_state_dict(state["omegas"])
         self.omegas.lr_used = state["lr"]
-        self.unstepped.load(state.get("before", {}))  # older checkpoints have none: a step learns nothing
+        # older checkpoints have the weights themselves: the next step learns nothing
+        self.unstepped.load({} if "previous" in state else state["unstepped"])
 
     @override
     def release(self) -> None:

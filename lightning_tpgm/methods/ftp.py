@@ -35,7 +35,8 @@ class FTP(Method):
     Args:
         k: Factor in [0, 1] on gradients that would shrink a radius. 1 is the strongest constraint. At 0 radii never
             shrink by gradient.
-        radius_lr: Adam learning rate of the radii (the authors': 0.01), or ``"auto"``, as in `TPGM`.
+        radius_lr: Adam learning rate of the radii (the authors': 0.01), or ``"auto"``, as in `TPGM`, but without a
+            bound on their growth: they start at 1e-8.
         norm: ``"mars"`` or ``"l2"``, as in `TPGM`.
 
     Raises:
@@ -74,14 +75,14 @@ class FTP(Method):
         with self.radii.of(tensors) as radii:
             radii.start(torch.full_like(radii.value, MIN_RADIUS), where=stepped)
             radii.follow(largest, stepped)
-            radii.adam(torch.where(slope > 0, self.k * slope, slope), where=stepped & known, lr=radii.rates(1))
-            # Adam counts the optimizer's steps: the next is t = 2
-            radii.step = torch.where(stepped & ~known, radii.step.clamp(min=1), radii.step)
+            radii.adam(torch.where(slope > 0, self.k * slope, slope), where=stepped & known, lr=radii.rate)
+            # Adam counts the optimizer's steps: after the first, the next is t = 2
+            radii.step = torch.where(stepped & ~known, radii.step + 1, radii.step)
             radii.clamp(largest + EPS, where=stepped)
             tensors.project(weights, rows, radii.bounds, moved=present)
             radii.projected(largest, moved=stepped)
-        if not tensors.are_coarse:  # else those of the rounded deviations count, as after a resume
-            self._last_rows = tensors, torch.where(tensors.of_rows(stepped), rows, rows_before)
+        found = tensors, torch.where(tensors.of_rows(stepped), rows, rows_before)
+        self._last_rows = None if tensors.are_coarse else found  # as after a resume, the rounded deviations count
 
     def _rows_of(self, tensors: Constrained, before: Matrices) -> Tensor:
         """n of every row before the last projection: known, if these tensors were the last ones to be stepped."""
@@ -108,7 +109,9 @@ class FTP(Method):
     @override
     def load(self, state: dict[str, Any]) -> None:
         self.radii.load_method_state(state)
-        self.unprojected.load(state.get("unprojected", {}))  # older checkpoints have none: a step learns nothing
+        # older checkpoints have the weights themselves: the next step learns nothing
+        self.unprojected.load({} if "previous" in state else state["unprojected"])
+        self._last_rows = None
 
     @override
     def release(self) -> None:

@@ -36,7 +36,7 @@ class LastStep:
         found: list[Tensor | None] = []
         for name, parameter, chosen in zip(tensors.names, tensors.parameters, which, strict=True):
             if chosen and name not in self.deviations:
-                self.deviations[name] = torch.empty_like(parameter, requires_grad=False)
+                self.deviations[name] = torch.zeros_like(parameter, requires_grad=False)
             found.append(local(self.deviations[name]) if chosen else None)
         return found
 

@@ -24,7 +24,7 @@ class Radii(LearnedScalars):
         lr: Adam's learning rate. ``"auto"``: each radius keeps pace with its tensor. If all slopes agree, an update
             moves it half as far as the optimizer carried the tensor since the last one. If they do not, it moves less:
             by the slopes' mean over their root mean square. So the rate has the scale of norm, layer and optimizer.
-            See `learn` for a bound on its growth.
+            TPGM's radii also grow by a factor at most, see `learn`.
 
     Attributes:
         reach: The largest row distance of each tensor before its last projection, shape (T,).
@@ -45,7 +45,7 @@ class Radii(LearnedScalars):
     SHARE = 0.5  # of the pace that a radius keeps
     SMOOTHING = 0.95  # of the pace
     GROWTH = 1.5**0.25  # by which factor a radius may grow in an optimizer step
-    FLOOR = 0.1  # of the pace: so large it may always become
+    FREE = 0.2  # of the rate, which is a tenth of the pace: so large it may become at once
     PINNED = 0.1  # a projection that leaves less of a tensor's deviation holds it at its anchor
     _PACE = ("pace", "followed")
     _SEEN = ("projections", "bound", "pinned", "wanted", "allowed")
@@ -80,26 +80,28 @@ class Radii(LearnedScalars):
         """By how much a radius can grow in an update, whatever the data say; infinite if it keeps pace."""
         return math.inf if self.keeps_pace else self.lr
 
-    def rates(self, steps: float) -> Tensor | None:
-        """How far each radius may move in an update, for so many optimizer steps an update. None: Adam's rate."""
-        return self.SHARE * steps * self._mean_pace if self.keeps_pace else None
-
     @property
-    def _mean_pace(self) -> Tensor:
-        """The pace, corrected for its start at zero; 0 where none is known."""
+    def rate(self) -> Tensor | None:
+        """How far each radius may move for an optimizer step, 0 where no pace is known. None: Adam's rate."""
+        if not self.keeps_pace:
+            return None
         mean = self.pace / -torch.expm1(self.followed * math.log(self.SMOOTHING))
-        return torch.where(self.followed > 0, mean, 0)
+        return torch.where(self.followed > 0, self.SHARE * mean, 0)
 
     def learn(self, slope: Tensor, where: Tensor, steps: float) -> None:
-        """An update of radii that start small, for so many optimizer steps; see `adam`.
+        """An update while training, for so many optimizer steps; see `adam`.
 
-        Radii that keep pace grow by a factor at most. Otherwise the first slopes, which mostly say "farther", would
-        carry them on at the optimizer's pace, however wild that is, before a slope can say "too far".
+        A radius that keeps pace grows by the factor `GROWTH` a step at most, but up to a share `FREE` of the rate at
+        once. The first slopes mostly say "farther". Without a bound, radii would go along with an optimizer whose steps
+        are far too large, before a slope can say "too far".
         """
-        limit = torch.maximum(self.GROWTH ** min(steps, 100) * self.value, self.FLOOR * self._mean_pace)
-        self.adam(slope, where, self.rates(steps))
-        if self.keeps_pace:
-            self.value = self.value.minimum(limit)
+        rate, before = self.rate, self.value
+        if rate is None:
+            self.adam(slope, where)
+            return
+        growth = self.GROWTH ** min(steps, 100)  # a larger factor bounds nothing, and could overflow
+        self.adam(slope, where, steps * rate)
+        self.value = self.value.minimum(torch.maximum(growth * before, self.FREE * rate))
 
     def clamp(self, largest: Tensor, where: Tensor) -> None:
         """Make radii legal, if ``where`` is true: [1e-8, largest row distance], see `projection.legal_radius`."""

@@ -115,8 +115,8 @@ class TPGM(Method):
                     radii.clamp(largest, where=moved)
                     tensors.project(weights, rows, radii.bounds)
                     slope, known = self._slope(radii, tensors, weights, rows)
-                    if self.acts_at_end:  # in all as far as the tensor has come
-                        radii.adam(slope, known & moved, largest / self.radius_steps if radii.keeps_pace else None)
+                    if self.acts_at_end and radii.keeps_pace:  # in all as far as the tensor has come
+                        radii.adam(slope, known & moved, lr=largest / self.radius_steps)
                     else:
                         radii.learn(slope, known & moved, self.every_n_steps / self.radius_steps)
             finally:  # whatever happens, the weights are left inside the ball
