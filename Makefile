@@ -22,6 +22,7 @@ demo: $(VENV)/.installed-demo  ## install, then fine-tune the digits example and
 benchmark: $(VENV)/.installed-benchmark  ## all methods on three suites: hours; goes on where it stopped. Needs npm
 	$(VENV)/bin/python examples/benchmark/prepare.py
 	$(VENV)/bin/python examples/benchmark/benchmark.py
+	$(VENV)/bin/python examples/benchmark/losses.py
 	$(VENV)/bin/python examples/benchmark/summary.py
 
 benchmark-quick: $(VENV)/.installed-benchmark  ## the same at its smallest, in minutes: that it runs, not what it finds

@@ -205,13 +205,13 @@ def test_small_tensors_of_any_order_share_a_matrix(norm: Norm, monkeypatch: pyte
 def test_gradients(shape: tuple[int, ...], from_d: bool) -> None:
     weights, anchors, grads = (some([shape] * 3, seed) for seed in range(3))
     missing = [grads[0], None, grads[2]]
-    expected = [g + 0.5 * (w - a) for g, w, a in zip(grads, weights, anchors, strict=True)]
+    expected = [g - 0.5 * (w - a) for g, w, a in zip(grads, weights, anchors, strict=True)]
     layout = Layout(weights, "l2")
     w, a = layout.arrange(weights), layout.arrange(anchors)
     dots = layout.total(layout.dots(layout.arrange(missing), w, a))
     assert dots[1] == 0
     assert dots[0] == pytest.approx((grads[0] * (weights[0] - anchors[0])).sum().item(), rel=1e-5)
-    rows = torch.full((3,), 0.5)
+    rows = torch.full((3,), -0.5)
     if from_d:
         layout.add_multiples(missing, layout.arrange([w - a for w, a in zip(weights, anchors, strict=True)]), rows)
     else:

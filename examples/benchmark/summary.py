@@ -17,6 +17,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import losses
 from lightning_tpgm.observing.plotting import name_lines
 from methods import FIXED_RATES, FTP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
 from results import FOLDER, Result, Run, mean_and_error, read
@@ -245,12 +246,33 @@ def draw_curves(axes: Axes, suite: SuiteResults, domains: Sequence[str]) -> dict
     return ends
 
 
+def losses_table(suites: Sequence[SuiteResults]) -> str:
+    """Cross entropy and accuracy in distribution at small rates, from losses.py; paired differences from plain."""
+    by_key = {(row["suite"], row["lr"], row["method"], row["seed"]): row for row in losses.read()}
+    rows = []
+    for suite, lr in dict.fromkeys(key[:2] for key in sorted(by_key)):
+        for measure, scale, digits in (("loss", 1, 3), ("accuracy", 100, 1)):
+            cells = []
+            for method in losses.COMPARED:
+                seeds = [seed for s, r, m, seed in sorted(by_key) if (s, r, m) == (suite, lr, method)]
+                own, plain = (
+                    [scale * float(by_key[suite, lr, which, seed][measure]) for seed in seeds]
+                    for which in (method, PLAIN)
+                )
+                mean, error = mean_and_error([one - other for one, other in zip(own, plain, strict=True)])
+                difference = "" if method == PLAIN else f" ({mean:+.{digits}f} ± {error:.{digits}f})"
+                cells.append(f"{fmean(own):.{digits}f}{difference}")
+            rows.append([f"{suite}, {lr}", measure, *cells])
+    return markdown(["suite, learning rate", "on the test data in distribution", *losses.COMPARED], rows)
+
+
 TABLES: dict[str, Callable[[Sequence[SuiteResults]], str]] = {
     "averages": averages_table,
     "rates": rates_table,
     "conditions": conditions_table,
     "tuned": tuned_table,
     "automatic": automatic_table,
+    "losses": losses_table,
 }
 
 
