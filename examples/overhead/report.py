@@ -94,9 +94,8 @@ def too_slow(times: Times) -> list[str]:
             }
         if model in MAIN and batch < 32:  # three rounds, each with evaluations of many seconds, cannot tell
             ratios["TPGM, mars / naive"] = (t["TPGM, mars"] / t["naive"], 1.0)
-        if t["tensors"] > 100:  # with few small ones FTP is not faster
-            bound = 0.71 if model in MAIN[:2] and batch < 32 else 1.0
-            ratios["FTP, mars / naive FTP"] = (t["FTP, mars"] / t["naive FTP"], bound)
+        bound = 0.71 if model in MAIN[:2] and batch < 32 else 1.0
+        ratios["FTP, mars / naive FTP"] = (t["FTP, mars"] / t["naive FTP"], bound)
         found += [
             f"{model}, batch {batch}: {name} = {value:.2f}, expected at most {bound}"
             for name, (value, bound) in ratios.items()
