@@ -377,7 +377,10 @@ def test_layers_plot_shows_the_report() -> None:
     assert {text.get_text() for text in axes.texts} == {"wanted", "allowed"}
     kept, bound = (other for other in figure.axes if other is not axes)
     assert [bar.get_width() for bar in bound.patches] == pytest.approx([100 * row["bound"] for row in rows])
-    assert [text.get_text() for text in bound.texts] == [f"{100 * row['bound']:.0f}" for row in rows]
+    marks = [" pinned" if row["pinned"] >= 0.8 else "" for row in rows]
+    assert [text.get_text() for text in bound.texts] == [
+        f"{100 * row['bound']:.0f}{mark}" for row, mark in zip(rows, marks, strict=True)
+    ]
     moved = [row["wanted"] > 0 for row in rows]
     shares = [100 * row["allowed"] / row["wanted"] if moves else 100 for row, moves in zip(rows, moved, strict=True)]
     assert [bar.get_width() for bar in kept.patches] == pytest.approx(shares)

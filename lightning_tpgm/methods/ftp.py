@@ -35,8 +35,8 @@ class FTP(Method):
     Args:
         k: Factor in [0, 1] on gradients that would shrink a radius. 1 is the strongest constraint. At 0 radii never
             shrink by gradient.
-        radius_lr: Adam learning rate of the radii (the authors': 0.01), or ``"auto"``, as in `TPGM`, but without a
-            bound on their growth: they start at 1e-8.
+        radius_lr: Adam learning rate of the radii (the authors': 0.01), or ``"auto"``, as in `TPGM`. Their growth has
+            no bound, since they start at 1e-8.
         norm: ``"mars"`` or ``"l2"``, as in `TPGM`.
 
     Raises:

@@ -139,8 +139,7 @@ class TPGM(Method):
         mean = self.held_out.mean(torch.cat([value, slope, used]))
         slope, used = mean[1:].chunk(2)
         finite = mean.isfinite().all()
-        self.heldout_loss = mean[0]
-        self.skipped = self.skipped + ~finite
+        self.heldout_loss, self.skipped = mean[0], self.skipped + ~finite
         return slope, finite & (used > 0)
 
     @override
