@@ -202,7 +202,7 @@ def test_the_default_saves_a_fit_that_diverges() -> None:
         fit.train()
         found[method] = [benchmark.accuracy(fit.model, fit.data.domains[domain]) for domain in ("digits", "rotated")]
     assert max(found[PLAIN]) < 0.2
-    assert min(found[TPGM]) > 0.9
+    assert min(found[TPGM]) > 0.8
 
 
 def test_loss_and_accuracy() -> None:
