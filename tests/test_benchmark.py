@@ -17,7 +17,7 @@ import cache
 import losses
 import summary
 from methods import AFTER, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
-from results import Result, Run, append, mean_and_error, read
+from results import FOLDER, Result, Run, append, append_row, mean_and_error, read
 from suite import Suite, load_suite
 
 
@@ -148,6 +148,9 @@ def test_every_method_runs_and_nothing_runs_twice(small: Suite, tmp_path: Path) 
     benchmark.benchmark(small, tmp_path, pool, runs, epochs=1)
     assert pool.count == carried_out
 
+    for method in losses.COMPARED:
+        numbers = {"loss": "0.1", "accuracy": "0.9"}
+        append_row(tmp_path / losses.NAME, {"suite": "digits", "method": method, "lr": "0.001", "seed": "0", **numbers})
     found = summary.SuiteResults("digits", tmp_path)
     for method in SHOWN:
         for lr in small.rates:
@@ -186,6 +189,18 @@ def test_a_condition_changes_the_fit(small: Suite, condition: str) -> None:
 def test_readmes_have_the_tables_of_the_committed_results() -> None:
     for path, text in summary.documents().items():
         assert path.read_text() == text
+
+
+def test_losses_are_those_of_the_folder(tmp_path: Path) -> None:
+    """Paired differences from plain fine-tuning, of the rates that were run with all three."""
+    for seed, change in ((0, 0.1), (1, 0.3)):
+        for method, loss in zip(losses.COMPARED, (1.0, 1.0 + change, 1.0 - change), strict=True):
+            key = {"suite": "digits", "method": method, "lr": "0.001", "seed": seed}
+            append_row(tmp_path / losses.NAME, {**key, "loss": loss, "accuracy": 0.5})
+    (tmp_path / "digits.json").write_text((FOLDER / "digits.json").read_text())
+    table = summary.losses_table([summary.SuiteResults("digits", tmp_path)])
+    assert "| digits, 0.001 | loss | 1.000 | 1.200 (+0.200 ± 0.100) | 0.800 (-0.200 ± 0.100) |" in table
+    assert table.count("digits") == 2
 
 
 def test_put_changes_nothing_but_what_is_between_the_marks() -> None:

@@ -53,12 +53,20 @@ State = Mapping[str, Tensor]
 
 
 @torch.inference_mode()
+def logits(model: LightningModule, data: TensorDataset) -> Tensor:
+    """What `model` makes of all inputs, in eval mode, shape (count, classes)."""
+    model.eval()
+    return torch.cat([model(batch) for batch in data.tensors[0].split(100)])
+
+
 def accuracy(model: LightningModule, data: TensorDataset) -> float:
     """Share of right answers of `model`, in eval mode."""
-    model.eval()
-    inputs, labels = data.tensors
-    answers = torch.cat([model(batch).argmax(dim=1) for batch in inputs.split(100)])
-    return (answers == labels).double().mean().item()
+    return share_right(logits(model, data), data)
+
+
+def share_right(answers: Tensor, data: TensorDataset) -> float:
+    """The same from its logits."""
+    return (answers.argmax(dim=1) == data.tensors[1]).double().mean().item()
 
 
 def configure(model: LightningModule, condition: Mapping[str, Any], steps: int) -> None:
@@ -210,11 +218,16 @@ def plan(suite: Suite, seeds: Sequence[int], questions: Sequence[int] = (1, 2, 3
                     yield Run(method.name, USUAL, lr, tuple(settings.items()), seed)
 
 
-def carry_out(suite: str, run: Run, epochs: int | None) -> list[Result]:
-    """One fit in a process of the pool."""
+def work_quietly() -> None:
+    """One thread, and no messages: what a process of the pool begins with."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+
+
+def carry_out(suite: str, run: Run, epochs: int | None) -> list[Result]:
+    """One fit in a process of the pool."""
+    work_quietly()
     return Fit(load_suite(suite), run, epochs).carry_out()
 
 

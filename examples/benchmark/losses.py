@@ -9,57 +9,40 @@ results/losses.csv are not repeated.
 from __future__ import annotations
 
 import argparse
-import csv
-import logging
 import multiprocessing
 import os
-import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch.utils.data import TensorDataset
 
-from benchmark import USUAL, Fit
+from benchmark import USUAL, Fit, logits, share_right, work_quietly
 from methods import FTP, PLAIN, TPGM
-from results import FOLDER, Run
+from results import FOLDER, Run, append_row, read_rows
 from suite import SUITES, load_suite
 
 COMPARED = (PLAIN, FTP, TPGM)
 RATES = 2  # the smallest so many of each suite
 SEEDS = 5
-PATH = FOLDER / "losses.csv"
+NAME = "losses.csv"
+PATH = FOLDER / NAME
 
 
-@torch.inference_mode()
 def loss_and_accuracy(model: LightningModule, data: TensorDataset) -> tuple[float, float]:
     """Cross entropy and share of right answers of a classifier, in eval mode."""
-    model.eval()
-    inputs, labels = data.tensors
-    logits = torch.cat([model(batch) for batch in inputs.split(100)])
-    return F.cross_entropy(logits, labels).item(), (logits.argmax(dim=1) == labels).double().mean().item()
+    answers = logits(model, data)
+    return F.cross_entropy(answers, data.tensors[1]).item(), share_right(answers, data)
 
 
 def carry_out(suite: str, method: str, lr: float, seed: int) -> dict[str, str]:
     """One fit, and what it is worth on the test data in distribution."""
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    work_quietly()
     fit = Fit(load_suite(suite), Run(method, USUAL, lr, (), seed))
     fit.train()
     loss, accuracy = loss_and_accuracy(fit.model, fit.data.domains[fit.suite.in_distribution])
     key = {"suite": suite, "method": method, "lr": f"{lr:g}", "seed": str(seed)}
     return {**key, "loss": f"{loss:.4f}", "accuracy": f"{accuracy:.4f}"}
-
-
-def read(path: Path = PATH) -> list[dict[str, str]]:
-    """All rows; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def main() -> None:
@@ -68,7 +51,7 @@ def main() -> None:
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=("digits", "emoji"))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    done = {(row["suite"], row["method"], row["lr"], row["seed"]) for row in read()}
+    done = {(row["suite"], row["method"], row["lr"], row["seed"]) for row in read_rows(PATH)}
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
         jobs = [
             pool.submit(carry_out, suite.name, method, lr, seed)
@@ -79,13 +62,7 @@ def main() -> None:
             if (suite.name, method, f"{lr:g}", str(seed)) not in done
         ]
         for job in as_completed(jobs):
-            row = job.result()
-            new = not PATH.exists()
-            with PATH.open("a", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append_row(PATH, job.result())
 
 
 if __name__ == "__main__":

@@ -61,10 +61,26 @@ class Result:
 
 def read(path: Path) -> list[Result]:
     """Read all results of a suite; none if there is no file."""
+    return [_result(row) for row in read_rows(path)]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """All rows of a CSV file; none if there is none."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [_result(row) for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
+
+
+def append_row(path: Path, row: Mapping[str, object]) -> None:
+    """Add a row to a CSV file, which begins with the names of its columns."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def _result(row: dict[str, str]) -> Result:
@@ -82,13 +98,7 @@ def append(path: Path, results: Iterable[Result]) -> None:
         numbers = (f"{result.alpha:g}", f"{result.held_out:.4f}", f"{result.choice:.4f}", f"{result.seconds:.1f}")
         row = dict(zip(FIELDS, (*values, *numbers), strict=True))
         row |= {domain: f"{accuracy:.4f}" for domain, accuracy in result.accuracies.items()}
-        new = not path.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_row(path, row)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -17,10 +17,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import losses
 from lightning_tpgm.observing.plotting import name_lines
+from losses import COMPARED, NAME
 from methods import FIXED_RATES, FTP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
-from results import FOLDER, Result, Run, mean_and_error, read
+from results import FOLDER, Result, Run, mean_and_error, read, read_rows
 from suite import SUITES
 
 OVERVIEW = Path(__file__).parents[2] / "README.md"
@@ -51,6 +51,12 @@ class SuiteResults:
         self.columns = {"in distribution": [description["in_distribution"]], **description["groups"]}
         self.shifted = [domain for domains in description["groups"].values() for domain in domains]
         self._found = {result.run: result for result in read(folder / f"{name}.csv")}
+        self._losses = [row for row in read_rows(folder / NAME) if row["suite"] == name]
+
+    def in_distribution(self, method: str, lr: float, measure: str) -> dict[str, float]:
+        """A column of losses.csv by seed, of one method at one rate."""
+        rows = (row for row in self._losses if (row["method"], float(row["lr"])) == (method, lr))
+        return {row["seed"]: float(row[measure]) for row in rows}
 
     def of(self, method: str, condition: str, lr: float, settings: Mapping[str, Any] | None = None) -> list[Result]:
         """All seeds of one setting, in their order; none if it was not run."""
@@ -248,22 +254,20 @@ def draw_curves(axes: Axes, suite: SuiteResults, domains: Sequence[str]) -> dict
 
 def losses_table(suites: Sequence[SuiteResults]) -> str:
     """Cross entropy and accuracy in distribution at small rates, from losses.py; paired differences from plain."""
-    by_key = {(row["suite"], row["lr"], row["method"], row["seed"]): row for row in losses.read()}
     rows = []
-    for suite, lr in dict.fromkeys(key[:2] for key in sorted(by_key)):
-        for measure, scale, digits in (("loss", 1, 3), ("accuracy", 100, 1)):
-            cells = []
-            for method in losses.COMPARED:
-                seeds = [seed for s, r, m, seed in sorted(by_key) if (s, r, m) == (suite, lr, method)]
-                own, plain = (
-                    [scale * float(by_key[suite, lr, which, seed][measure]) for seed in seeds]
-                    for which in (method, PLAIN)
-                )
-                mean, error = mean_and_error([one - other for one, other in zip(own, plain, strict=True)])
-                difference = "" if method == PLAIN else f" ({mean:+.{digits}f} ± {error:.{digits}f})"
-                cells.append(f"{fmean(own):.{digits}f}{difference}")
-            rows.append([f"{suite}, {lr}", measure, *cells])
-    return markdown(["suite, learning rate", "on the test data in distribution", *losses.COMPARED], rows)
+    for suite in suites:
+        for lr in suite.rates:
+            for measure, scale, digits in (("loss", 1, 3), ("accuracy", 100, 1)):
+                plain, cells = suite.in_distribution(PLAIN, lr, measure), []
+                for method in COMPARED:
+                    own = suite.in_distribution(method, lr, measure)
+                    if own.keys() and own.keys() <= plain.keys():
+                        mean, error = mean_and_error([scale * (value - plain[seed]) for seed, value in own.items()])
+                        difference = "" if method == PLAIN else f" ({mean:+.{digits}f} ± {error:.{digits}f})"
+                        cells.append(f"{fmean(scale * value for value in own.values()):.{digits}f}{difference}")
+                if len(cells) == len(COMPARED):
+                    rows.append([f"{suite.name}, {lr:g}", measure, *cells])
+    return markdown(["suite, learning rate", "on the test data in distribution", *COMPARED], rows)
 
 
 TABLES: dict[str, Callable[[Sequence[SuiteResults]], str]] = {
