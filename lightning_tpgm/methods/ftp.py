@@ -88,8 +88,6 @@ class FTP(Method):
         """n of every row before the last projection: known, if these tensors were the last ones to be stepped."""
         if self._last_rows is not None and self._last_rows[0] is tensors:
             return self._last_rows[1]
-        if self.unprojected.deviations.keys().isdisjoint(tensors.names):  # no slope is known, whatever they are
-            return tensors.of_rows(tensors.scalar().expand(len(tensors.names)))
         return tensors.sizes(before)
 
     @override
