@@ -412,6 +412,7 @@ def test_later_changes_of_the_source_do_not_reach_the_anchor(kind: str) -> None:
 
 
 def test_training_moves_no_anchor() -> None:
+    torch.manual_seed(0)  # of the order of the data: a radius may end at its floor
     module = toy()
     start = weights(module)
     callback = TPGMCallback()
