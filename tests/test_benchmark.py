@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
@@ -130,6 +131,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Suite:
         return every
 
     conditions = {name: {**digits.conditions[name], "rates": (3e-3,)} for name in ("cosine", "one-cycle", "SGD")}
+    conditions["20 held out"] = {"held_out": 20, "rates": (3e-3,), "methods": (PLAIN, TPGM)}
     suite = replace(digits, data=data, rates=(1e-3, 3e-3), conditions=conditions)
     monkeypatch.setattr(benchmark, "load_suite", lambda name: suite)
     monkeypatch.setattr(cache, "FOLDER", tmp_path / "cache")
@@ -144,7 +146,8 @@ def test_every_method_runs_and_nothing_runs_twice(small: Suite, tmp_path: Path) 
     runs = list(benchmark.plan(small, range(1)))
     benchmark.benchmark(small, tmp_path, pool, runs, epochs=1)
     carried_out = pool.count
-    assert carried_out == len(runs) == len(METHODS) * (2 + 3) + 4 * 2 + 2 * sum(len(each.others) for each in METHODS)
+    of_questions = [2 * len(METHODS), 3 * len(METHODS) + 2, 2 * 4, 2 * sum(len(each.others) for each in METHODS)]
+    assert carried_out == len(runs) == sum(of_questions)
     benchmark.benchmark(small, tmp_path, pool, runs, epochs=1)
     assert pool.count == carried_out
 
@@ -177,13 +180,25 @@ def test_what_comes_of_a_fit(small: Suite) -> None:
     assert {each.run.method for each in tpgm} == {TPGM, TPGM_SWEEP, f"{TPGM_SWEEP}, best alpha"}
 
 
-@pytest.mark.parametrize("condition", ["cosine", "one-cycle", "SGD"])
+@pytest.mark.parametrize(
+    ("method", "condition"), [("FTP", "cosine"), ("FTP", "one-cycle"), ("FTP", "SGD"), (TPGM, "20 held out")]
+)
 @pytest.mark.filterwarnings("ignore")
-def test_a_condition_changes_the_fit(small: Suite, condition: str) -> None:
-    usual, other = (
-        benchmark.carry_out("digits", Run("FTP", name, 3e-3, (), 0), 3)[0].accuracies for name in ("usual", condition)
-    )
-    assert usual != other
+def test_a_condition_changes_the_fit(small: Suite, method: str, condition: str) -> None:
+    usual, other = (benchmark.Fit(small, Run(method, name, 3e-3, (), 0), 3) for name in ("usual", condition))
+    for fit in (usual, other):
+        fit.train()
+    ends = [fit.model.state_dict().values() for fit in (usual, other)]
+    assert not all(map(torch.equal, *ends))
+
+
+def test_other_numbers_of_held_out_examples_are_of_the_same_ones(small: Suite) -> None:
+    usual, fewer, more = (small.data(0) for _ in range(3))
+    fewer.hold_out(20)
+    more.hold_out(130)
+    assert torch.equal(fewer.held_out.tensors[0], usual.held_out.tensors[0][:20])
+    assert torch.equal(more.held_out.tensors[1], torch.cat([usual.held_out.tensors[1], usual.choice.tensors[1][:30]]))
+    assert len(fewer.train) == len(more.train) == len(usual.train)
 
 
 def test_readmes_have_the_tables_of_the_committed_results() -> None:

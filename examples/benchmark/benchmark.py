@@ -105,6 +105,8 @@ class Fit:
         self.suite, self.run = suite, run
         self.data = suite.data(run.seed)
         self.condition = {} if run.condition == USUAL else suite.conditions[run.condition]
+        if "held_out" in self.condition:
+            self.data.hold_out(int(self.condition["held_out"]))
         epochs = suite.epochs if epochs is None else epochs
         batches = len(self.data.train_dataloader())
         self.steps = max(1, round(float(self.condition.get("length", 1)) * epochs * batches))
@@ -204,9 +206,10 @@ def plan(suite: Suite, seeds: Sequence[int], questions: Sequence[int] = (1, 2, 3
                 yield Run(method.name, USUAL, lr, (), seed)
     for seed in seeds[:5] if 2 in questions else ():  # with my schedule, my length of run, my optimizer?
         for name, condition in suite.conditions.items():
+            methods = condition.get("methods", [method.name for method in METHODS])
             for lr in condition["rates"]:  # type: ignore[attr-defined]
-                for method in METHODS:
-                    yield Run(method.name, name, lr, (), seed)
+                for method in methods:  # type: ignore[attr-defined]
+                    yield Run(method, name, lr, (), seed)
     for seed in seeds[:5] if 3 in questions else ():  # is the automatic rate as good as the best fixed one?
         for lr in suite.rates:
             for settings in FIXED_RATES:

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 from cache import cached
 from emoji_data import CLASSES, Emoji, load
+from methods import PLAIN, TPGM
 from suite import Data, Suite
 
 TARGET = "fluent 3d"
@@ -121,5 +122,7 @@ SUITE = Suite(
         "a quarter of the steps": {"length": 0.25, "rates": (3e-4, 1e-3)},
         "four times the steps": {"length": 4.0, "rates": (3e-4, 1e-3)},
         "SGD": {"momentum": 0.9, "rates": (1e-2,)},
+        "30 held out": {"held_out": 30, "rates": (1e-4, 3e-4), "methods": (PLAIN, TPGM)},
+        "120 held out": {"held_out": 120, "rates": (1e-4, 3e-4), "methods": (PLAIN, TPGM)},
     },
 )

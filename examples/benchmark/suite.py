@@ -43,6 +43,11 @@ class Data(LightningDataModule):
         self.domains = domains
         self.seed = seed
 
+    def hold_out(self, count: int) -> None:
+        """Hold out so many examples: fewer of the held-out ones, or those that choose settings, too."""
+        both = zip(self.held_out.tensors, self.choice.tensors, strict=True)
+        self.held_out = TensorDataset(*(torch.cat(pair)[:count] for pair in both))
+
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Training data, shuffled."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -69,7 +74,8 @@ class Suite:
         epochs: Of fine-tuning.
         in_distribution: The domain of the training data.
         groups: The other domains: name of the group, its domains.
-        conditions: By name, what differs from the usual: ``schedule``, ``length``, ``momentum`` (of SGD), ``rates``.
+        conditions: By name, what differs from the usual: ``schedule``, ``length``, ``momentum`` (of SGD), ``rates``,
+            the number of examples that are ``held_out``; ``methods``, if not all are compared.
         exclude: What methods do not constrain: a head that has no pretrained weights.
         precision: Of the Trainer.
         seeds: How many there are; on emoji each is a fold with a pretrained network of its own.
