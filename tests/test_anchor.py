@@ -369,7 +369,6 @@ class Unfreeze(BaseFinetuning):
 
 @pytest.mark.parametrize("given", [True, False])
 def test_parameters_unfrozen_later_join_with_the_anchor_of_the_start(given: bool) -> None:
-    torch.manual_seed(0)  # the held-out order decides whether a radius leaves its floor in so few steps
     module = toy()
     start = weights(toy(seed=1) if given else module)
     callback = TPGMCallback(pretrained=dict(start) if given else None)
@@ -412,7 +411,6 @@ def test_later_changes_of_the_source_do_not_reach_the_anchor(kind: str) -> None:
 
 
 def test_training_moves_no_anchor() -> None:
-    torch.manual_seed(0)  # of the order of the data: a radius may end at its floor
     module = toy()
     start = weights(module)
     callback = TPGMCallback()
