@@ -31,17 +31,19 @@ import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_tpgm
+from leads import FROM_SWEEP, started_at
 from lightning_tpgm import project_checkpoint, wise_ft_sweep
-from methods import AFTER, FIXED_RATES, METHODS, PLAIN, TPGM, TPGM_SWEEP, WISE_FT
+from methods import AFTER, CADENCES, FIXED_RATES, METHODS, PLAIN, TPGM, TPGM_SWEEP, TRIED, WISE_FT
 from results import FOLDER, Result, Run, append, read
 from suite import SUITES, Suite, load_suite
 
 RULE = "one_standard_error"
 USUAL = "usual"
+QUESTIONS = (1, 2, 3, 4, 5, 6)
 QUIET = {
     "accelerator": "cpu",
     "logger": False,
@@ -83,6 +85,8 @@ def configure(model: LightningModule, condition: Mapping[str, Any], steps: int) 
             return optimizer
         if schedule == "one-cycle":
             scheduler: Any = OneCycleLR(optimizer, lr, total_steps=steps)
+        elif schedule == "steps":
+            scheduler = MultiStepLR(optimizer, [steps // 2, 3 * steps // 4])  # a tenth each time
         else:  # a tenth of the steps warms up, then half a cosine
             scheduler = LambdaLR(
                 optimizer, lambda t: min(1, (t + 1) / (0.1 * steps)) * (1 + math.cos(math.pi * t / steps)) / 2
@@ -107,6 +111,9 @@ class Fit:
         self.condition = {} if run.condition == USUAL else suite.conditions[run.condition]
         if "held_out" in self.condition:
             self.data.hold_out(int(self.condition["held_out"]))
+        for name in ("batch", "held_out_batch"):
+            setattr(self.data, name, self.condition.get(name, getattr(self.data, name)))
+        self.precision: Any = self.condition.get("precision", suite.precision)
         epochs = suite.epochs if epochs is None else epochs
         batches = len(self.data.train_dataloader())
         self.steps = max(1, round(float(self.condition.get("length", 1)) * epochs * batches))
@@ -124,7 +131,7 @@ class Fit:
         configure(self.model, self.condition, self.steps)
         trainer = Trainer(
             **QUIET,
-            precision=self.suite.precision,  # type: ignore[arg-type]
+            precision=self.precision,
             max_epochs=-1,
             max_steps=self.steps,
             limit_val_batches=0,
@@ -142,7 +149,9 @@ class Fit:
         found = [self._test(self.run.method, end, 1.0, seconds)]
         if self.run.method == PLAIN:
             found += self._swept(WISE_FT, end, seconds)
-            projected, more = self._after_the_fact(end)
+            start = found[-1].alpha if dict(self.run.settings).get("lead") == FROM_SWEEP else 0.5
+            with started_at(start):
+                projected, more = self._after_the_fact(end)
             found.append(self._test(AFTER, projected, 1.0, seconds + more))
         if self.run.method == TPGM:
             found += self._swept(TPGM_SWEEP, end, seconds)
@@ -182,7 +191,7 @@ class Fit:
         with tempfile.TemporaryDirectory() as folder:
             finetuned, output = Path(folder) / "finetuned.pt", Path(folder) / "projected.pt"
             torch.save(end, finetuned)
-            trainer = Trainer(**QUIET, precision=self.suite.precision)  # type: ignore[arg-type]
+            trainer = Trainer(**QUIET, precision=self.precision)  # type: ignore[arg-type]
             options = {"exclude": self.suite.exclude, "trainer": trainer}
             project_checkpoint(self._holding(end), dict(self.pretrained), finetuned, loader, output, **options)
             return torch.load(output, weights_only=True), time.perf_counter() - started
@@ -198,7 +207,7 @@ class Fit:
         return Result(replace(self.run, method=name), alpha, held_out, choice, accuracies, seconds)
 
 
-def plan(suite: Suite, seeds: Sequence[int], questions: Sequence[int] = (1, 2, 3, 4)) -> Iterator[Run]:
+def plan(suite: Suite, seeds: Sequence[int], questions: Sequence[int] = QUESTIONS) -> Iterator[Run]:
     """All fits that these questions of protocol.md need, in its order."""
     for seed in seeds if 1 in questions else ():  # what happens at my learning rate?
         for lr in suite.rates:
@@ -219,6 +228,15 @@ def plan(suite: Suite, seeds: Sequence[int], questions: Sequence[int] = (1, 2, 3
             for method in METHODS:
                 for settings in method.others:
                     yield Run(method.name, USUAL, lr, tuple(settings.items()), seed)
+    for seed in seeds[:5] if 5 in questions else ():  # how often need radii be updated?
+        for lr in suite.rates[-3:-1]:
+            for settings in CADENCES:
+                yield Run(TPGM, USUAL, lr, tuple(settings.items()), seed)
+    for seed in seeds[:5] if 6 in questions else ():  # would one of these ideas be better?
+        for condition in (USUAL, *suite.conditions.keys() & {"cosine"}):
+            for lr in suite.rates[-3:-1]:
+                for name, settings in TRIED:
+                    yield Run(name, condition, lr, tuple(settings.items()), seed)
 
 
 def work_quietly() -> None:
@@ -266,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
     parser.add_argument("--seeds", type=int, help="the first so many; default: all of the suite's")
-    parser.add_argument("--questions", type=int, nargs="+", choices=(1, 2, 3, 4), default=(1, 2, 3, 4))
+    parser.add_argument("--questions", type=int, nargs="+", choices=QUESTIONS, default=QUESTIONS)
     parser.add_argument("--epochs", type=int, help="instead of the suite's")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the results (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count())

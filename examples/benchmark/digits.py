@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
+from methods import FTP, PLAIN, TPGM
 from suite import Data, Suite
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "digits"))
@@ -39,6 +40,13 @@ SUITE = Suite(
         "a quarter of the steps": {"length": 0.25, "rates": (1e-3, 3e-3)},
         "four times the steps": {"length": 4.0, "rates": (1e-3, 3e-3)},
         "SGD": {"momentum": 0.9, "rates": (1e-2, 1e-1)},
+        "steps": {"schedule": "steps", "rates": (1e-3, 3e-3), "methods": (PLAIN, FTP, TPGM)},
+        "batches of 8": {"batch": 8, "rates": (1e-3, 3e-3), "methods": (PLAIN, FTP, TPGM)},
+        "batches of 128": {"batch": 128, "rates": (1e-3, 3e-3), "methods": (PLAIN, FTP, TPGM)},
+        "bf16-mixed": {"precision": "bf16-mixed", "rates": (1e-3, 3e-3), "methods": (PLAIN, FTP, TPGM)},
+        "half the held-out batch": {"held_out_batch": 25, "rates": (1e-3, 3e-3), "methods": (PLAIN, TPGM)},
+        "25 held out": {"held_out": 25, "rates": (1e-3, 3e-3), "methods": (PLAIN, TPGM)},
+        "400 held out": {"held_out": 400, "rates": (1e-3, 3e-3), "methods": (PLAIN, TPGM)},
     },
     seeds=10,
 )

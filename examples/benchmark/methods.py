@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from lightning_tpgm import FTPCallback, L2SPCallback, TPGMCallback
+from leads import FROM_SWEEP, LEADS, lead_or_tpgm
+from lightning_tpgm import FTPCallback, L2SPCallback
 
 PLAIN, WISE_FT, EMA, L2_SP, FTP = "plain fine-tuning", "WiSE-FT", "EMA", "L2-SP", "FTP"
 TPGM, TPGM_SWEEP, AFTER = "TPGM", "TPGM, then the sweep", "TPGM after the fact"
@@ -35,10 +36,14 @@ class Method:
 
 METHODS = (
     Method(PLAIN),
-    Method(TPGM, TPGMCallback, ({"norm": "l2"},)),
+    Method(TPGM, lead_or_tpgm, ({"norm": "l2"},)),
     Method(FTP, FTPCallback, ({"k": 0.0},)),
     Method(L2_SP, L2SPCallback, ({"strength": 0.1}, {"strength": 1.0})),
     Method(EMA, ema, ({"decay": 0.9},), constrains=False),
 )
 FIXED_RATES = tuple({"radius_lr": rate} for rate in (0.001, 0.01, 0.1, 1.0))
 """Settings of TPGM that "auto" is compared with."""
+CADENCES = tuple({"every_n_steps": steps} for steps in (1, 2, 8))
+"""Settings of TPGM that its default of four is compared with."""
+TRIED = ((PLAIN, {"lead": FROM_SWEEP}), *((TPGM, {"lead": lead}) for lead in LEADS))
+"""Ideas that are not in the package."""

@@ -42,6 +42,7 @@ class Data(LightningDataModule):
         self.train, self.held_out, self.choice = (TensorDataset(*pool[part]) for part in parts)
         self.domains = domains
         self.seed = seed
+        self.batch, self.held_out_batch = 32, 50
 
     def hold_out(self, count: int) -> None:
         """Hold out so many examples: fewer of the held-out ones, or those that choose settings, too."""
@@ -51,7 +52,7 @@ class Data(LightningDataModule):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Training data, shuffled."""
         generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(self.train, batch_size=32, shuffle=True, generator=generator)
+        return DataLoader(self.train, batch_size=self.batch, shuffle=True, generator=generator)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Held-out data, in batches of ten: a standard error over batches needs several."""
@@ -59,7 +60,7 @@ class Data(LightningDataModule):
 
     def tpgm_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """The same data in larger batches, for the radii."""
-        return DataLoader(self.held_out, batch_size=50, shuffle=True)
+        return DataLoader(self.held_out, batch_size=self.held_out_batch, shuffle=True)
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ class Suite:
         epochs: Of fine-tuning.
         in_distribution: The domain of the training data.
         groups: The other domains: name of the group, its domains.
-        conditions: By name, what differs from the usual: ``schedule``, ``length``, ``momentum`` (of SGD), ``rates``,
-            the number of examples that are ``held_out``; ``methods``, if not all are compared.
+        conditions: By name, what differs from the usual: ``rates``, ``schedule``, ``length``, ``momentum`` (of SGD),
+            ``precision``, size of the ``batch`` or the ``held_out_batch``, number of examples that are ``held_out``;
+            ``methods``, if not all are compared.
         exclude: What methods do not constrain: a head that has no pretrained weights.
         precision: Of the Trainer.
         seeds: How many there are; on emoji each is a fold with a pretrained network of its own.

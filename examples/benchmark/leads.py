@@ -1,0 +1,85 @@
+"""Ideas for TPGM that are not in the package, to be tried against it: pressure, slower or shared slopes, another start.
+
+`benchmark.py` runs them where protocol.md says so, as ``settings`` of a method with the name ``lead``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from lightning_tpgm import TPGMCallback
+from lightning_tpgm.methods.radii import Radii
+
+
+class Pressed(Radii):
+    """The held-out loss plus a tenth of the mean square of all ratios: a gentle pressure towards the anchor."""
+
+    PRESSURE = 0.1
+
+    def slope(self, tensors: Any, gradients: Any, weights: Any, rows: Tensor) -> Tensor:
+        """The derivative of that, too."""
+        largest = tensors.largest(rows)
+        pressure = torch.where(largest > 0, 2 * self.value / largest.square() / len(largest), 0)
+        return super().slope(tensors, gradients, weights, rows) + self.PRESSURE * pressure
+
+
+class Averaged(Radii):
+    """Slopes are averaged over about fifty updates instead of ten before they are followed."""
+
+    BETAS = (0.98, 0.999)
+
+
+class PerBlock(Radii):
+    """One direction a block, such as a convolution and its normalisation: the slopes of its tensors' ratios are added."""
+
+    def slope(self, tensors: Any, gradients: Any, weights: Any, rows: Tensor) -> Tensor:
+        """The block's slope, in the unit of each tensor's radius."""
+        largest = tensors.largest(rows)
+        blocks = [name.rsplit(".", 2)[0] for name in self.names]
+        at = torch.tensor([sorted(set(blocks)).index(block) for block in blocks])
+        of_ratios = (super().slope(tensors, gradients, weights, rows) * largest).nan_to_num()
+        shared = torch.zeros_like(of_ratios).index_add(0, at, of_ratios)[at]
+        return torch.where(largest > 0, shared / largest, 0)
+
+
+LEADS: dict[str, type[Radii]] = {"pressure": Pressed, "averaged slopes": Averaged, "a direction per block": PerBlock}
+FROM_SWEEP = "from where the sweep ends"
+"""After the fact, radii start at the sweep's alpha instead of a half."""
+
+
+class Lead(TPGMCallback):
+    """TPGM with the radii of an idea.
+
+    Args:
+        lead: A key of `LEADS`.
+        **options: Of `TPGMCallback`.
+    """
+
+    def __init__(self, lead: str, **options: Any) -> None:
+        self.lead = lead
+        super().__init__(**options)
+
+    def make_method(self) -> Any:
+        """The method, with other radii."""
+        method = super().make_method()
+        method.radii = LEADS[self.lead](self.radius_lr)
+        return method
+
+
+def lead_or_tpgm(**options: Any) -> TPGMCallback:
+    """TPGM, as it comes unless a ``lead`` is among the options."""
+    return Lead(**options) if "lead" in options else TPGMCallback(**options)
+
+
+@contextmanager
+def started_at(alpha: float) -> Iterator[None]:
+    """Radii start at this share of the smallest distance instead of a half."""
+    start: Callable[..., None] = Radii.start
+    with patch.object(Radii, "start", lambda self, value, where: start(self, 2 * alpha * value, where)):
+        yield
