@@ -36,7 +36,7 @@ class Averaged(Radii):
 
 
 class PerBlock(Radii):
-    """One direction a block, such as a convolution and its normalisation: the slopes of its tensors' ratios are added."""
+    """One direction a block, a convolution and its normalisation for instance: the slopes of its ratios are added."""
 
     def slope(self, tensors: Any, gradients: Any, weights: Any, rows: Tensor) -> Tensor:
         """The block's slope, in the unit of each tensor's radius."""
