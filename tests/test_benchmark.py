@@ -17,7 +17,8 @@ import benchmark
 import cache
 import losses
 import summary
-from methods import AFTER, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
+import targets
+from methods import AFTER, CADENCES, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, TRIED, WISE_FT
 from results import FOLDER, Result, Run, append, append_row, mean_and_error, read
 from suite import Suite, load_suite
 
@@ -67,6 +68,7 @@ def suite_results(found: list[Result]) -> summary.SuiteResults:
     suite = object.__new__(summary.SuiteResults)
     suite.name, suite.rates, suite.conditions = "made up", [0.1, 0.2], {}
     suite.columns, suite.shifted = {"in distribution": ["here"], "shifted": ["there"]}, ["there"]
+    suite.both = tuple(suite.columns.items())
     suite._found = {each.run: each for each in found}
     return suite
 
@@ -95,7 +97,7 @@ def test_averages_over_rates_leave_out_seeds_that_lack_one() -> None:
         for seed in (0, 1, 2)
         if (method, lr, seed) != (TPGM, 0.2, 2)
     ]
-    mean, error = summary.over_rates(suite_results(found), TPGM, PLAIN, ["here"])
+    mean, error = suite_results(found).over_rates(TPGM, PLAIN, ["here"])
     assert (mean, error) == pytest.approx((10.0, 0.0))
 
 
@@ -110,13 +112,69 @@ def test_whether_auto_is_within_an_error_of_the_best_fixed_rate() -> None:
         found = (result(run(TPGM, 0.1, seed=seed), here=value) for seed, value in zip(seeds, auto, strict=True))
         return suite_results([*fixed, *found])
 
-    assert summary.within_one_error(suite((0.5, 0.58)), 0.1, ["here"])
-    assert not summary.within_one_error(suite((0.4, 0.5)), 0.1, ["here"])
-    assert summary.within_one_error(suite((0.4, 0.5)), 0.2, ["here"]) is None
+    assert suite((0.5, 0.58)).within_one_error(0.1, ["here"])
+    assert not suite((0.4, 0.5)).within_one_error(0.1, ["here"])
+    assert suite((0.4, 0.5)).within_one_error(0.2, ["here"]) is None
     for other in (0.0, 1.0):  # the fixed rates have no seed 1
-        assert summary.within_one_error(suite((0.5, other, 0.6)), 0.1, ["here"])
+        assert suite((0.5, other, 0.6)).within_one_error(0.1, ["here"])
         seeds = [[each.run.seed for each in runs] for runs in suite((0.5, other, 0.6)).radius_rates(0.1)]
         assert seeds == [[0, 2]] * 5
+
+
+def test_targets_are_judged_by_what_was_found() -> None:
+    """Five targets of a suite that was run at two rates; the sixth needs fixed rates of the radii."""
+
+    def judged(tpgm: tuple[float, float], wise_ft: float = 0.5) -> dict[str, tuple[str, bool]]:
+        accuracies = {PLAIN: (0.6, 0.5), TPGM: tpgm, TPGM_SWEEP: (0.6, 0.6), WISE_FT: (0.6, wise_ft)}
+        found = [
+            result(run(method, lr, seed=seed), here=here, there=there - (lr - 0.1))
+            for method, (here, there) in accuracies.items()
+            for lr in (0.1, 0.2)
+            for seed in (0, 1)
+        ]
+        return {target: (found, met) for target, _, found, met in targets.rows([suite_results(found)])}
+
+    better = judged((0.61, 0.6))
+    assert better["shifted, the worst rate within 1.5 of plain's best"] == ("50.0 against 50.0", True)
+    assert better["in distribution, at no rate below plain by more than 1"] == ("+1.0 at 0.1", True)
+    assert better["in distribution, above plain on average"] == ("+1.0 ± 0.0", True)
+    assert better["shifted, the sweep after TPGM above WiSE-FT by two errors"] == ("+10.0 ± 0.0", True)
+    worse = judged((0.58, 0.58), wise_ft=0.65)
+    assert worse["shifted, the worst rate within 1.5 of plain's best"] == ("48.0 against 50.0", False)
+    assert worse["in distribution, at no rate below plain by more than 1"] == ("-2.0 at 0.1", False)
+    assert worse["in distribution, above plain on average"] == ("-2.0 ± 0.0", False)
+    assert worse["shifted, the sweep after TPGM above WiSE-FT by two errors"] == ("-5.0 ± 0.0", False)
+    assert len(worse) == 5
+
+
+def test_the_worst_two_seeds_of_digits_are_judged() -> None:
+    gains = (0.3, 0.005, 0.013)
+    found = [
+        result(run(method, 0.001, seed=seed), here=0.9, there=0.5 + gain * (method == TPGM))
+        for method in (PLAIN, TPGM)
+        for seed, gain in enumerate(gains)
+    ]
+    suite = suite_results(found)
+    suite.name = "digits"
+    rows = {target: (found, met) for target, where, found, met in targets.rows([suite]) if where == "digits, 0.001"}
+    assert rows["shifted, any two seeds: +1.0"] == ("+10.6 ± 9.7, the worst two +0.90", False)
+    assert rows["in distribution, any two seeds: -0.5"] == ("+0.0 ± 0.0, the worst two +0.00", True)
+
+
+def test_the_share_of_settings_in_which_the_automatic_rate_is_as_good() -> None:
+    def counted(auto: float) -> tuple[str, bool]:
+        rates = [((), auto), *(((("radius_lr", rate),), 0.5) for rate in (0.001, 0.01, 0.1, 1.0))]
+        found = [
+            result(run(TPGM, lr, settings, seed), here=value, there=0.5)
+            for settings, value in rates
+            for lr in (0.1, 0.2)
+            for seed in (0, 1)
+        ]
+        *_, (_, _, share, met) = targets.rows([suite_results(found)])
+        return share, met
+
+    assert counted(0.5) == ("4 of 4", True)
+    assert counted(0.4) == ("2 of 4", False)
 
 
 @pytest.fixture
@@ -146,7 +204,8 @@ def test_every_method_runs_and_nothing_runs_twice(small: Suite, tmp_path: Path) 
     runs = list(benchmark.plan(small, range(1)))
     benchmark.benchmark(small, tmp_path, pool, runs, epochs=1)
     carried_out = pool.count
-    of_questions = [2 * len(METHODS), 3 * len(METHODS) + 2, 2 * 4, 2 * sum(len(each.others) for each in METHODS)]
+    grid = sum(len(each.others) for each in METHODS)
+    of_questions = [2 * len(METHODS), 3 * len(METHODS) + 2, 2 * 4, 2 * grid, len(CADENCES), 2 * len(TRIED)]
     assert carried_out == len(runs) == sum(of_questions)
     benchmark.benchmark(small, tmp_path, pool, runs, epochs=1)
     assert pool.count == carried_out
@@ -189,6 +248,31 @@ def test_a_condition_changes_the_fit(small: Suite, method: str, condition: str) 
     for fit in (usual, other):
         fit.train()
     ends = [fit.model.state_dict().values() for fit in (usual, other)]
+    assert not all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize("name", ["batch", "held_out_batch", "precision"])
+def test_a_condition_sets_batches_and_precision(small: Suite, name: str) -> None:
+    value = "bf16-mixed" if name == "precision" else 7
+    fit = benchmark.Fit(replace(small, conditions={"other": {name: value}}), Run(TPGM, "other", 3e-3, (), 0), 1)
+    loaders = {"batch": fit.data.train_dataloader(), "held_out_batch": fit.data.tpgm_dataloader()}
+    assert {**{key: loader.batch_size for key, loader in loaders.items()}, "precision": fit.precision} == {
+        "batch": 32,
+        "held_out_batch": 50,
+        "precision": "32-true",
+        name: value,
+    }
+
+
+@pytest.mark.parametrize(("method", "settings"), TRIED)
+@pytest.mark.filterwarnings("ignore")
+def test_an_idea_changes_its_method(small: Suite, method: str, settings: dict[str, Any]) -> None:
+    """But for those of a fit, the weights after the fact: there the idea is where radii start."""
+    ends = []
+    for own in ({}, settings):
+        fit = benchmark.Fit(small, Run(method, "usual", 3e-3, tuple(own.items()), 0), 8)
+        fit.carry_out() if method == PLAIN else fit.train()
+        ends.append([value.clone() for value in fit.model.state_dict().values()])
     assert not all(map(torch.equal, *ends))
 
 

@@ -6,10 +6,8 @@ python examples/benchmark/summary.py          # write the tables of both READMEs
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,64 +15,18 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import targets
+from leads import FROM_SWEEP, LEADS
 from lightning_tpgm.observing.plotting import name_lines
-from losses import COMPARED, NAME
-from methods import FIXED_RATES, FTP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
-from results import FOLDER, Result, Run, mean_and_error, read, read_rows
-from suite import SUITES
+from losses import COMPARED
+from methods import AFTER, CADENCES, FIXED_RATES, FTP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
+from results import FOLDER, Result, mean_and_error
+from suite_results import COSINE, USUAL, SuiteResults, differences, paired, present
 
 OVERVIEW = Path(__file__).parents[2] / "README.md"
 DETAILS = Path(__file__).parent / "README.md"
-USUAL = "usual"
 # A palette that colour-blind readers can tell apart (Okabe and Ito, 2008).
 COLOURS = {PLAIN: "#000000", WISE_FT: "#E69F00", TPGM: "#0072B2", TPGM_SWEEP: "#009E73", FTP: "#CC79A7"}
-
-
-def present(folder: Path = FOLDER) -> list[str]:
-    """The suites that have results."""
-    return [name for name in SUITES if (folder / f"{name}.csv").exists()]
-
-
-class SuiteResults:
-    """The results of one suite.
-
-    Args:
-        name: Of the suite.
-        folder: Where the results are.
-    """
-
-    def __init__(self, name: str, folder: Path = FOLDER) -> None:
-        self.name = name
-        description: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
-        self.rates: list[float] = description["rates"]
-        self.conditions: Mapping[str, Mapping[str, Any]] = description["conditions"]
-        self.columns = {"in distribution": [description["in_distribution"]], **description["groups"]}
-        self.shifted = [domain for domains in description["groups"].values() for domain in domains]
-        self._found = {result.run: result for result in read(folder / f"{name}.csv")}
-        self._losses = [row for row in read_rows(folder / NAME) if row["suite"] == name]
-
-    def in_distribution(self, method: str, lr: float, measure: str) -> dict[str, float]:
-        """A column of losses.csv by seed, of one method at one rate."""
-        rows = (row for row in self._losses if (row["method"], float(row["lr"])) == (method, lr))
-        return {row["seed"]: float(row[measure]) for row in rows}
-
-    def of(self, method: str, condition: str, lr: float, settings: Mapping[str, Any] | None = None) -> list[Result]:
-        """All seeds of one setting, in their order; none if it was not run."""
-        key = Run(method, condition, lr, tuple(sorted((settings or {}).items())), 0)
-        of_seeds = (self._found.get(replace(key, seed=seed)) for seed in range(100))
-        return [result for result in of_seeds if result is not None]
-
-    def pairs(self, method: str, other: str, condition: str, lr: float) -> list[tuple[Result, Result]]:
-        """The results of two methods for each seed that both have."""
-        others = {result.run.seed: result for result in self.of(other, condition, lr)}
-        found = self.of(method, condition, lr)
-        return [(result, others[result.run.seed]) for result in found if result.run.seed in others]
-
-    def radius_rates(self, lr: float) -> list[list[Result]]:
-        """TPGM with its automatic rate, then with each fixed one, at the seeds that all have; nothing without any."""
-        runs = [self.of(TPGM, USUAL, lr, settings) for settings in ({}, *FIXED_RATES)]
-        common = set.intersection(*({result.run.seed for result in run} for run in runs))
-        return [[result for result in run if result.run.seed in common] for run in runs] if common else []
 
 
 def cell(pairs: Sequence[tuple[Result, Result]], domains: Sequence[str]) -> str:
@@ -86,7 +38,7 @@ def cell(pairs: Sequence[tuple[Result, Result]], domains: Sequence[str]) -> str:
         return f"{mean:.1f}"
     if len(pairs) == 1:
         return f"{mean:.1f} (one run)"
-    difference, error = mean_and_error([result.mean(domains) - other.mean(domains) for result, other in pairs])
+    difference, error = mean_and_error(differences(pairs, domains))
     return f"{mean:.1f} ({difference:+.1f} ± {error:.1f})"
 
 
@@ -150,9 +102,7 @@ def tuned_table(suites: Sequence[SuiteResults]) -> str:
         if best is None or plain is None:
             return ["" for _ in range(len(suite.columns) + 1)]
         settings = ", ".join([f"{best[0].run.lr:g}", *(f"{name} {value}" for name, value in best[0].run.settings)])
-        plain_of = {result.run.seed: result for result in plain}
-        pairs = [(result, plain_of[result.run.seed]) for result in best if result.run.seed in plain_of]
-        return [settings, *(cell(pairs, domains) for domains in suite.columns.values())]
+        return [settings, *(cell(paired(best, plain), domains) for domains in suite.columns.values())]
 
     head = ["", *(f"{suite.name}: {heading}" for suite in suites for heading in ("chosen", *suite.columns))]
     return markdown(head, ([method, *(part for suite in suites for part in cells(suite, method))] for method in SHOWN))
@@ -164,39 +114,12 @@ def automatic_table(suites: Sequence[SuiteResults]) -> str:
     for suite in suites:
         for lr in suite.rates:
             if runs := suite.radius_rates(lr):
-                for heading, domains in (
-                    ("in distribution", suite.columns["in distribution"]),
-                    ("shifted", suite.shifted),
-                ):
+                for heading, domains in suite.both:
                     means = [f"{fmean(result.mean(domains) for result in run):.1f}" for run in runs]
                     rows.append([f"{suite.name}, {lr:g}", heading, *means])
     return markdown(
         ["suite, learning rate", "tested", "auto", *(f"{rate['radius_lr']:g}" for rate in FIXED_RATES)], rows
     )
-
-
-def within_one_error(suite: SuiteResults, lr: float, domains: Sequence[str]) -> bool | None:
-    """Whether the automatic rate is within a standard error of the best fixed one; None if one was not run."""
-    if not (runs := suite.radius_rates(lr)):
-        return None
-    auto, *fixed = runs
-    best = max(fixed, key=lambda run: fmean(result.mean(domains) for result in run))
-    differences = [one.mean(domains) - other.mean(domains) for one, other in zip(auto, best, strict=True)]
-    difference, error = mean_and_error(differences)
-    return difference >= -error
-
-
-def over_rates(
-    suite: SuiteResults, method: str, other: str, domains: Sequence[str], condition: str = USUAL
-) -> tuple[float, float]:
-    """The difference of two methods, averaged over the learning rates of each seed: its mean and standard error."""
-    rates = suite.rates if condition == USUAL else suite.conditions[condition]["rates"]
-    by_seed: dict[int, list[float]] = {}
-    for lr in rates:
-        for result, against in suite.pairs(method, other, condition, lr):
-            by_seed.setdefault(result.run.seed, []).append(result.mean(domains) - against.mean(domains))
-    complete = [fmean(values) for values in by_seed.values() if len(values) == len(rates)]
-    return mean_and_error(complete) if complete else (math.nan, math.nan)
 
 
 def signed(mean: float, error: float) -> str:
@@ -207,16 +130,75 @@ def signed(mean: float, error: float) -> str:
 
 
 def averages_table(suites: Sequence[SuiteResults]) -> str:
-    """Differences from plain fine-tuning and between the two sweeps, averaged over the learning rates."""
+    """Differences from plain fine-tuning, averaged over the learning rates."""
+    return compared_table(suites, {method: (method, PLAIN) for method in SHOWN[1:]})
+
+
+def sweeps_table(suites: Sequence[SuiteResults]) -> str:
+    """The same of the sweeps, with the rule and at the best held-out accuracy, and the difference of the two sweeps."""
+    best, best_wise_ft = f"{TPGM_SWEEP}, best alpha", f"{WISE_FT}, best alpha"
+    less = {
+        "TPGM's sweep less WiSE-FT": (TPGM_SWEEP, WISE_FT),
+        "the same, best alphas": (best, best_wise_ft),
+        best_wise_ft: (best_wise_ft, PLAIN),
+        best: (best, PLAIN),
+    }
+    return compared_table(suites, less)
+
+
+def compared_table(suites: Sequence[SuiteResults], compared: Mapping[str, tuple[str, str]]) -> str:
+    """Differences between two methods each, averaged over the learning rates."""
     rows = []
     for suite in suites:
         for condition in (USUAL, *suite.conditions):
-            for heading, domains in (("in distribution", suite.columns["in distribution"]), ("shifted", suite.shifted)):
-                compared = [(method, PLAIN) for method in SHOWN[1:]] + [(TPGM_SWEEP, WISE_FT)]
-                found = [over_rates(suite, *pair, domains, condition) for pair in compared]
+            for heading, domains in suite.both:
+                found = [suite.over_rates(*pair, domains, condition) for pair in compared.values()]
                 if not all(math.isnan(mean) for mean, _ in found):
                     rows.append([f"{suite.name}, {condition}", heading, *(signed(*each) for each in found)])
-    return markdown(["suite, condition", "tested", *SHOWN[1:], "TPGM's sweep less WiSE-FT"], rows)
+    return markdown(["suite, condition", "tested", *compared], rows)
+
+
+def settings_table(
+    suites: Sequence[SuiteResults], conditions: Sequence[str], compared: Mapping[str, tuple[str, Mapping[str, Any]]]
+) -> str:
+    """Methods with settings of their own, and the paired difference from the same ones as they come."""
+    rows = []
+    for suite in suites:
+        for condition in conditions:
+            for lr in suite.rates:
+                for heading, domains in suite.both:
+                    cells = []
+                    for method, settings in compared.values():
+                        usual = suite.of(method, condition, lr)
+                        cells.append(cell(paired(suite.of(method, condition, lr, settings), usual), domains))
+                    if any(cells[1:]):
+                        rows.append([f"{suite.name}, {condition}, {lr:g}", heading, *cells])
+    return markdown(["suite, condition, learning rate", "tested", *compared], rows)
+
+
+def cadence_table(suites: Sequence[SuiteResults]) -> str:
+    """TPGM that updates its radii more or less often."""
+    others = {f"every {settings['every_n_steps']}": (TPGM, settings) for settings in CADENCES}
+    return settings_table(suites, [USUAL], {"every 4 (the default)": (TPGM, {}), **others})
+
+
+def leads_table(suites: Sequence[SuiteResults]) -> str:
+    """Ideas that are not in the package, each beside the method that it would change."""
+    after = {"TPGM after the fact": (AFTER, {}), FROM_SWEEP: (AFTER, {"lead": FROM_SWEEP})}
+    ideas = {lead: (TPGM, {"lead": lead}) for lead in LEADS}
+    return settings_table(suites, [USUAL, COSINE], {"TPGM": (TPGM, {}), **ideas, **after})
+
+
+def leads_sweeps_table(suites: Sequence[SuiteResults]) -> str:
+    """The same, after the sweep."""
+    ideas = {lead: (TPGM_SWEEP, {"lead": lead}) for lead in LEADS}
+    return settings_table(suites, [USUAL, COSINE], {TPGM_SWEEP: (TPGM_SWEEP, {}), **ideas})
+
+
+def targets_table(suites: Sequence[SuiteResults]) -> str:
+    """What was to be shown, and what was found."""
+    rows = ([*texts, "yes" if met else "no"] for *texts, met in targets.rows(suites))
+    return markdown(["target, in points of accuracy", "where", "found", "met"], rows)
 
 
 def draw_rates(suites: Sequence[SuiteResults], path: Path) -> None:
@@ -271,12 +253,17 @@ def losses_table(suites: Sequence[SuiteResults]) -> str:
 
 
 TABLES: dict[str, Callable[[Sequence[SuiteResults]], str]] = {
+    "targets": targets_table,
     "averages": averages_table,
+    "sweeps": sweeps_table,
     "rates": rates_table,
     "conditions": conditions_table,
     "tuned": tuned_table,
     "automatic": automatic_table,
     "losses": losses_table,
+    "cadence": cadence_table,
+    "leads": leads_table,
+    "leads, swept": leads_sweeps_table,
 }
 
 
@@ -287,11 +274,7 @@ def overview_table(suites: Sequence[SuiteResults]) -> str:
         by_rate = [suite.of(method, USUAL, lr) for lr in suite.rates]
         return f"{fmean(fmean(result.mean(domains) for result in run) for run in by_rate):.1f}" if all(by_rate) else ""
 
-    kinds = [
-        (suite, heading, domains)
-        for suite in suites
-        for heading, domains in (("in distribution", suite.columns["in distribution"]), ("shifted", suite.shifted))
-    ]
+    kinds = [(suite, heading, domains) for suite in suites for heading, domains in suite.both]
     head = ["accuracy, %", *(f"{suite.name}: {heading}" for suite, heading, _ in kinds)]
     return markdown(
         head, ([m, *(mean(suite, m, domains) for suite, _, domains in kinds)] for m in (PLAIN, WISE_FT, TPGM))
