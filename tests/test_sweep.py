@@ -177,8 +177,9 @@ def test_standard_error(value: float, batches: list[tuple[float, int]], expected
     assert found == (None if expected is None else pytest.approx(expected))
 
 
-def test_standard_error_of_what_is_not_a_number_is_none_either() -> None:
-    assert math.isnan(standard_error(NAN, [(0.5, 4)]))  # type: ignore[arg-type]
+def test_standard_error_of_what_is_not_finite_is_no_number() -> None:
+    for value in (NAN, INF, -INF):
+        assert math.isnan(standard_error(value, [(value, 4)]))  # type: ignore[arg-type]
 
 
 # --- where it comes from ---

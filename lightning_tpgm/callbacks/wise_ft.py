@@ -30,8 +30,8 @@ class WiSEFTCallback(MethodCallback):
     """Replaces the weights at the end of the fit by W0 + alpha (W - W0), one alpha for all tensors.
 
     Floating-point buffers (the running statistics of BatchNorm) are interpolated with the same alpha. Integer buffers,
-    and those whose shape has changed, keep their fine-tuned value. At alpha = 0 the tensors are the pretrained ones, at alpha = 1 the fine-tuned, to the
-    bit.
+    and those whose shape has changed, keep their fine-tuned value. At alpha = 0 the tensors are the pretrained ones, at
+    alpha = 1 the fine-tuned, to the bit.
     Parameters without a pretrained value (a new head) keep their fine-tuned one. Checkpoints that were written during
     the fit hold the fine-tuned weights. ``trainer.save_checkpoint`` after it saves the interpolated ones.
 
