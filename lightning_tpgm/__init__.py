@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from lightning_tpgm.callbacks.l2sp import L2SPCallback
     from lightning_tpgm.callbacks.post_hoc import project_checkpoint
     from lightning_tpgm.callbacks.spd import SPDCallback
-    from lightning_tpgm.callbacks.sweep import WiSEFTSweep, wise_ft_sweep
+    from lightning_tpgm.callbacks.sweep import wise_ft_sweep
+    from lightning_tpgm.callbacks.sweep_result import WiSEFTSweep
     from lightning_tpgm.callbacks.tpgm import TPGMCallback
     from lightning_tpgm.callbacks.wise_ft import WiSEFTCallback
     from lightning_tpgm.constraint import Constraint
@@ -47,7 +48,7 @@ _HOMES = {
     "SPDCallback": "callbacks.spd",
     "TPGMCallback": "callbacks.tpgm",
     "WiSEFTCallback": "callbacks.wise_ft",
-    "WiSEFTSweep": "callbacks.sweep",
+    "WiSEFTSweep": "callbacks.sweep_result",
     "constrain": "plain",
     "project_checkpoint": "callbacks.post_hoc",
     "wise_ft_sweep": "callbacks.sweep",

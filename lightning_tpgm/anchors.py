@@ -165,6 +165,21 @@ class Anchors:
             if buffers or isinstance(parameter, nn.Parameter):
                 local(self.joined[name]).copy_(local(parameter.detach()))
 
+    def follow(self, present: Mapping[str, Tensor]) -> bool:
+        """Constrain these in place of others of the same names; one of another shape has no anchor, and is left alone.
+
+        Returns:
+            Whether there was any.
+        """
+        others = {
+            name: tensor
+            for name, old in self.parameters.items()
+            if (tensor := present.get(name, old)) is not old and tensor.shape == old.shape
+        }
+        self.joined |= {name: self._captured(self.joined[name], tensor) for name, tensor in others.items()}
+        self.parameters |= others
+        return bool(others)
+
     def own(self) -> None:
         """Copy what is kept for those that wait: where it came from may go on training."""
 

@@ -18,6 +18,7 @@ from lightning_tpgm.observing.leaving import too_long_for_max_norm
 from lightning_tpgm.observing.reporter import Reporter
 from lightning_tpgm.observing.shown import Shown
 from lightning_tpgm.references import AnchorFile, moved, named, put_back
+from lightning_tpgm.selection import buffers_of
 from lightning_tpgm.sharding import is_split
 
 Say = Callable[[str], None]
@@ -38,6 +39,7 @@ class Attached(Shown):
         self._save_anchor = save_anchor
         self._file: AnchorFile | None = None  # what checkpoints name instead of holding anchors
         self._warn, self._tell = warn, tell
+        self._model: nn.Module | None = None
         self._gathering: list[nn.Module] = []
         self._candidates: Tensors = {}
 
@@ -91,7 +93,7 @@ class Attached(Shown):
         self._attach(model, candidates)
 
     def _attach(self, model: nn.Module, candidates: Tensors, state: Mapping[str, Any] | None = None) -> None:
-        self._gathering, self._candidates = gathering(model), candidates
+        self._model, self._gathering, self._candidates = model, gathering(model), candidates
         self.reporter.order = list(candidates)
         self._arrange()
         if state is not None:
@@ -115,6 +117,7 @@ class Attached(Shown):
             settled: Whether nobody can load any more. A closure that is called again may be at other weights.
         """
         if not self.anchors.settled:
+            self.find_buffers()
             self.anchors.retake(buffers)
             self.anchors.settled = settled
             self._arrange()
@@ -135,6 +138,13 @@ class Attached(Shown):
             self.tensors.prepare(self.method.has_radii)
         self.method.place(self.tensors)
         return self.tensors
+
+    def find_buffers(self) -> None:
+        """Training, or a move to another device, may have put other tensors in their place: names are what stays."""
+        if self._model is None or not self.method.constrains_buffers:
+            return
+        if self.anchors.follow(buffers_of(self._model)):
+            self._arrange()
 
     def fetch(self) -> None:
         """Read the anchors that have stayed in their file so far."""

@@ -103,6 +103,7 @@ class Constraint(Attached):
         """No step follows: methods that act at the end do so now, on all that is not frozen."""
         if self.tensors is not None:
             self.fetch()
+            self.find_buffers()
             self.method.finish(self.tensors.not_frozen())
 
     def remove(self) -> None:
@@ -120,7 +121,7 @@ class Constraint(Attached):
         """Let go of the model and of device memory; what `state_dict` needs stays, on the CPU."""
         with suppress(RuntimeError):  # after an error there may be no memory to measure them
             self.reporter.conclude(self.seen())
-        self.tensors, self._gathering, self._candidates = None, [], {}
+        self.tensors, self._model, self._gathering, self._candidates = None, None, [], {}
         with ExitStack() as at_last:  # also with a device that is broken
             at_last.callback(self.anchors.release)
             at_last.callback(self.method.release)
@@ -141,6 +142,7 @@ class Constraint(Attached):
         """
         if self.tensors is None or not self.tensors.names or self.anchors.in_file:
             return {}
+        self.find_buffers()
         with torch.no_grad():
             return self.method.quantities(self.tensors)
 

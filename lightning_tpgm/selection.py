@@ -72,6 +72,11 @@ def constrainable(module: nn.Module, exclude: Sequence[str] = (), buffers: bool 
     return selected
 
 
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """All buffers by all of their names, as `constrainable` has them."""
+    return {clean_name(name): buffer for name, buffer in module.named_buffers(remove_duplicate=False)}
+
+
 def check_dense(title: str, parameters: Mapping[str, Tensor]) -> None:
     """Refuse sparse gradients, on behalf of a method that adds to them.
 

@@ -59,7 +59,7 @@ def state(module: nn.Module) -> dict[str, Tensor]:
         ("max", (0.91, 0.5, 0.92, 0.9), 0.05, 0.0, 0.6),  # behind a dip
         ("max", (NAN, NAN, 0.92, 0.9), 0.5, 0.6, 0.6),
         ("min", (NAN, NAN, 0.92, 0.9), 0.5, 0.6, 1.0),
-        ("max", (NAN, NAN, NAN, NAN), 0.5, 0.0, 0.0),
+        ("max", (NAN, NAN, NAN, NAN), 0.5, 1.0, 1.0),  # nothing to choose by
         ("max", (0.5, 0.5, INF, INF), 0.5, 0.6, 0.6),
         ("min", (INF, 0.5, 0.4, INF), 0.5, 0.3, 0.6),
         ("max", (0.1, 0.2, 0.3, 0.4), 9.0, 0.0, 1.0),
@@ -177,8 +177,9 @@ def test_standard_error(value: float, batches: list[tuple[float, int]], expected
     assert found == (None if expected is None else pytest.approx(expected))
 
 
-def test_standard_error_of_what_is_not_a_number_is_none_either() -> None:
-    assert math.isnan(standard_error(NAN, [(0.5, 4)]))  # type: ignore[arg-type]
+def test_standard_error_of_what_is_not_finite_is_no_number() -> None:
+    for value in (NAN, INF, -INF):
+        assert math.isnan(standard_error(value, [(value, 4)]))  # type: ignore[arg-type]
 
 
 # --- where it comes from ---
@@ -587,5 +588,5 @@ def test_plot_where_no_value_is_a_number() -> None:
 
     figure, axes = WiSEFTSweep("acc", "max", (0.0, 1.0), (NAN, NAN), NAN).plot()
     figure.canvas.draw()
-    assert [text.get_text() for text in axes.texts] == ["chosen and best: 0"]
+    assert [text.get_text() for text in axes.texts] == ["chosen and best: 1"]
     plt.close(figure)

@@ -39,6 +39,7 @@ __all__ = [
     "callbacks_of",
     "classes",
     "comes_in_turn",
+    "forget_average",
     "is_overridden",
     "is_own_error",
     "is_param_in_hook_signature",
@@ -289,3 +290,8 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
     """All callbacks of the trainer."""
     found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
     return found
+
+
+def forget_average(callback: Callback) -> None:
+    """Let a `WeightAveraging` be as without a fit: it swaps nothing in for validation, nor in checkpoints."""
+    callback._average_model = None  # type: ignore[attr-defined]

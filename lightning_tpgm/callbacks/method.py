@@ -15,9 +15,11 @@ from typing_extensions import override
 
 from lightning_tpgm.anchors import AnchorDevice
 from lightning_tpgm.callbacks.asked import Asked
+from lightning_tpgm.callbacks.averages import end_averages
 from lightning_tpgm.callbacks.copies import PlainCopies
 from lightning_tpgm.callbacks.framework import (
     Callback,
+    callbacks_of,
     join_later_imports,
     logs_are_due,
     pl,
@@ -196,6 +198,9 @@ class MethodCallback(Asked, PlainCopies, Callback):
         """Stops following the optimizers; methods that act at the end do so."""
         self._stop()
         self._constraint.finish()
+        if self._constraint.method.acts_at_end:
+            callbacks = callbacks_of(trainer)
+            end_averages(callbacks[: callbacks.index(self)])
         self._conclude(trainer)
 
     def _stop(self) -> None:

@@ -6,13 +6,12 @@ from itertools import takewhile
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from lightning_tpgm.callbacks.averages import averages, warn_of_averages
 from lightning_tpgm.callbacks.framework import MisconfigurationException, callbacks_of, pl, rank_zero_warn
 from lightning_tpgm.callbacks.surroundings import (
-    _AVERAGING,
     check_radii_are_alone,
     check_unscaled_gradients,
     unfreezes,
-    warn_of_averages,
 )
 
 if TYPE_CHECKING:
@@ -59,8 +58,8 @@ def warn_of_leaving(trainer: pl.Trainer, callback: MethodCallback) -> None:
     `warn_of_averages` has warned.
     """
     others = callbacks_of(trainer)
-    after = {base.__name__ for other in others[others.index(callback) :] for base in type(other).__mro__}
-    if not (callback._constraint.method.acts_at_end and after & _AVERAGING):
+    overwritten = any(map(averages, others[others.index(callback) :]))
+    if not (callback._constraint.method.acts_at_end and overwritten):
         for trouble in callback._constraint.outside():
             rank_zero_warn(trouble)
 

@@ -25,7 +25,7 @@ def standard_error(value: float, batches: Sequence[tuple[float, int]]) -> float 
     0.1
     >>> standard_error(0.9, [(0.2, 2), (0.4, 2)])  # not the mean: AUROC, F1, the worst batch
     """
-    if math.isnan(value):
+    if not math.isfinite(value):
         return math.nan
     examples = sum(size for _, size in batches)
     mean = math.fsum(v * n for v, n in batches) / max(examples, 1)

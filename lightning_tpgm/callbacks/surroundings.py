@@ -28,8 +28,6 @@ from lightning_tpgm.optimizers import needs_unscaled_gradients, unwrapped
 if TYPE_CHECKING:
     from lightning_tpgm.callbacks.method import MethodCallback
 
-_AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}  # by name: older releases of Lightning lack the second
-
 
 def steps_of(trainer: pl.Trainer) -> float:
     """How many optimizer steps the fit will have; infinite if nobody can know."""
@@ -94,20 +92,6 @@ def unfreezes(trainer: pl.Trainer) -> bool:
     """Whether a finetuning callback may unfreeze parameters later."""
     unfreezing = classes("callbacks:BaseFinetuning")
     return any(isinstance(callback, unfreezing) for callback in callbacks_of(trainer))
-
-
-def warn_of_averages(trainer: pl.Trainer, callback: MethodCallback) -> None:
-    """Warn of callbacks that will overwrite what this one does at the end of the fit."""
-    if not callback._constraint.method.acts_at_end:
-        return
-    callbacks = callbacks_of(trainer)
-    for other in callbacks[callbacks.index(callback) + 1 :]:
-        if _AVERAGING & {base.__name__ for base in type(other).__mro__}:
-            name, other_name = type(callback).__name__, type(other).__name__
-            rank_zero_warn(
-                f"At the end of the fit {other_name} writes its average into the module, after {name} has acted."
-                f" Nothing of that will remain. List {other_name} before {name}."
-            )
 
 
 def warn_of_random_anchors(pl_module: pl.LightningModule, title: str) -> None:

@@ -12,89 +12,28 @@ import torch
 from torch import Tensor
 
 from lightning_tpgm.anchors import AnchorDevice, Anchors, capture
-from lightning_tpgm.callbacks.framework import MisconfigurationException, batch_values, pl, rank_zero_info
+from lightning_tpgm.callbacks.averages import averages_held_still, end_averages
+from lightning_tpgm.callbacks.framework import (
+    MisconfigurationException,
+    batch_values,
+    callbacks_of,
+    pl,
+    rank_zero_info,
+)
 from lightning_tpgm.callbacks.loaders import flat
 from lightning_tpgm.callbacks.shared import configuration_errors
 from lightning_tpgm.callbacks.source import check_many_passes
 from lightning_tpgm.callbacks.standard_error import standard_error
+from lightning_tpgm.callbacks.sweep_result import Mode, WiSEFTSweep, warn_of_no_choice
 from lightning_tpgm.constrained import Constrained, gathering
 from lightning_tpgm.methods import WiSEFT
 from lightning_tpgm.methods.method import check, is_number
-from lightning_tpgm.observing.alphas import plot_alphas
 from lightning_tpgm.pretrained import Pretrained, read_pretrained
-from lightning_tpgm.selection import constrainable
+from lightning_tpgm.selection import buffers_of, constrainable
 from lightning_tpgm.sharding import local, reshard
 
 ALPHAS = tuple(i / 10 for i in range(11))
-ROUNDING = 1e-6  # of metrics, relative: they come in 32 bits, and 0.92 - 0.9 is more than 0.02 there
-Mode = Literal["max", "min"]
 Tolerance = float | Literal["one_standard_error"]
-
-
-@dataclass(frozen=True)
-class WiSEFTSweep:
-    """What `wise_ft_sweep` measured.
-
-    Attributes:
-        monitor: Name of the metric.
-        mode: ``"max"`` or ``"min"``: which values are better.
-        alphas: The alphas tried, in order.
-        values: The metric at each of them.
-        tolerance: How much worse than the best the metric may be at the chosen alpha, in the metric's unit.
-    """
-
-    monitor: str
-    mode: Mode
-    alphas: tuple[float, ...]
-    values: tuple[float, ...]
-    tolerance: float = 0.0
-
-    @property
-    def best_alpha(self) -> float:
-        """The alpha with the best value; among equals the smallest, nearest to the pretrained weights.
-
-        A value that is not a number is worse than any other.
-        """
-        return self._best[0]
-
-    @property
-    def chosen_alpha(self) -> float:
-        """The smallest alpha whose value is within the tolerance of the best; without a tolerance `best_alpha`.
-
-        Values in between may be worse: each alpha is a model of its own, and was measured.
-        """
-        best_alpha, best = self._best
-        slack = ROUNDING * abs(best) if self.tolerance else 0.0
-        worst = self._sign * best - self.tolerance - slack
-        within = [a for a, value in zip(self.alphas, self.values, strict=True) if self._sign * value >= worst]
-        return min(within, default=best_alpha)
-
-    @property
-    def _sign(self) -> int:
-        return 1 if self.mode == "max" else -1
-
-    @property
-    def _best(self) -> tuple[float, float]:
-        def rank(pair: tuple[float, float]) -> tuple[bool, float, float]:
-            alpha, value = pair
-            return (False, 0.0, -alpha) if math.isnan(value) else (True, self._sign * value, -alpha)
-
-        return max(zip(self.alphas, self.values, strict=True), key=rank)
-
-    def plot(self, ax: Any = None) -> tuple[Any, Any]:
-        """Draw the metric over alpha, the best and the chosen alpha, and the band within the tolerance.
-
-        Args:
-            ax: Matplotlib axes to draw into. None: a new figure.
-
-        Returns:
-            The matplotlib figure and axes.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        values = dict(zip(self.alphas, self.values, strict=True))
-        return plot_alphas(values, self.monitor, self.best_alpha, self.chosen_alpha, self.tolerance, self._sign, ax)
 
 
 @dataclass(frozen=True)
@@ -141,12 +80,14 @@ class Search:
         try:
             for alpha in self.alphas:
                 set_alpha(alpha)
-                value, error = self._measure(trainer, validate)
+                with averages_held_still(trainer):
+                    value, error = self._measure(trainer, validate)
                 values.append(value)
                 errors.append(error)
             sweep = WiSEFTSweep(self.monitor, self.mode, tuple(self.alphas), tuple(values))
-            number = errors[sweep.alphas.index(sweep.best_alpha)]
+            number = dict(zip(sweep.alphas, errors, strict=True)).get(sweep.best_alpha, errors[-1])
             sweep = WiSEFTSweep(self.monitor, self.mode, sweep.alphas, sweep.values, number)
+            warn_of_no_choice(sweep)
             set_alpha(sweep.chosen_alpha)
         except BaseException:
             set_alpha(1.0)
@@ -183,7 +124,7 @@ def not_logged(monitor: str, metrics: Mapping[str, Tensor]) -> str:
 
 def alpha_setter(
     model: torch.nn.Module,
-    parameters: Mapping[str, Tensor],
+    present: Callable[[], Mapping[str, Tensor]],
     interpolate: Callable[[float], None],
     device: AnchorDevice = None,
 ) -> Callable[[float], None]:
@@ -191,16 +132,16 @@ def alpha_setter(
 
     Args:
         model: The module.
-        parameters: What is interpolated.
+        present: Gives what is interpolated; validation may put other tensors in the place of buffers.
         interpolate: Does it, from the fine-tuned end.
         device: Where the fine-tuned values are kept, as for anchors.
     """
-    finetuned = {name: capture(target, target, device) for name, target in parameters.items()}
+    finetuned = {name: capture(target, target, device) for name, target in present().items()}
 
     @torch.no_grad()
     def set_alpha(alpha: float) -> None:
         reshard(model)
-        for name, target in parameters.items():  # validation may have left the module on another device
+        for name, target in present().items():  # validation may have left the module on another device
             local(target).copy_(local(finetuned[name]))
         interpolate(alpha)
 
@@ -225,7 +166,8 @@ def wise_ft_sweep(
     That is the smallest alpha whose metric is within ``tolerance`` of the best: as near to the pretrained weights as
     costs nothing. It works after any method, `TPGMCallback` first of all. The fine-tuned end is what the module holds
     now. The data should be held out and in distribution: choosing alpha on shifted test data would be looking at the
-    answer.
+    answer. Of a trainer with a `WeightAveraging` the module's weights are measured, not the average. Where no value is
+    finite a warning says so, and the fine-tuned weights stay.
 
     ``"one_standard_error"`` is that of the metric at the best alpha. The metric must be a mean over examples, logged in
     ``validation_step``. For a share m of hits among N examples, such as accuracy, it is sqrt(m (1 - m) / N). For other
@@ -264,6 +206,12 @@ def wise_ft_sweep(
         anchors.begin_from(read_pretrained(pretrained), candidates, rank_zero_info)
     anchors.join(frozen=True)
 
+    end_averages(callbacks_of(trainer))
+
+    def present() -> Mapping[str, Tensor]:
+        anchors.follow(buffers_of(model))
+        return anchors.parameters
+
     def interpolate(alpha: float) -> None:
         WiSEFT(alpha).finish(Constrained(anchors.parameters, anchors.joined, WiSEFT.norm, gathering(model)))
 
@@ -271,4 +219,4 @@ def wise_ft_sweep(
         trainer.validate(model, dataloaders=dataloaders, datamodule=datamodule, verbose=False)
         return trainer.callback_metrics
 
-    return search.run(trainer, alpha_setter(model, anchors.parameters, interpolate), validate)
+    return search.run(trainer, alpha_setter(model, present, interpolate), validate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
 import torch
@@ -20,7 +20,8 @@ from lightning_tpgm.callbacks.framework import (
 )
 from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.callbacks.shared import Shared, configuration_errors
-from lightning_tpgm.callbacks.sweep import ALPHAS, Mode, Search, Tolerance, WiSEFTSweep, alpha_setter, not_logged
+from lightning_tpgm.callbacks.sweep import ALPHAS, Search, Tolerance, alpha_setter, not_logged
+from lightning_tpgm.callbacks.sweep_result import Mode, WiSEFTSweep
 from lightning_tpgm.methods import WiSEFT
 from lightning_tpgm.methods.method import check, is_number
 
@@ -28,9 +29,9 @@ from lightning_tpgm.methods.method import check, is_number
 class WiSEFTCallback(MethodCallback):
     """Replaces the weights at the end of the fit by W0 + alpha (W - W0), one alpha for all tensors.
 
-    Floating-point buffers (the running statistics of BatchNorm) are interpolated with the same alpha. Integer buffers
-    keep their fine-tuned value. At alpha = 0 the tensors are the pretrained ones, at alpha = 1 the fine-tuned, to the
-    bit.
+    Floating-point buffers (the running statistics of BatchNorm) are interpolated with the same alpha. Integer buffers,
+    and those whose shape has changed, keep their fine-tuned value. At alpha = 0 the tensors are the pretrained ones, at
+    alpha = 1 the fine-tuned, to the bit.
     Parameters without a pretrained value (a new head) keep their fine-tuned one. Checkpoints that were written during
     the fit hold the fine-tuned weights. ``trainer.save_checkpoint`` after it saves the interpolated ones.
 
@@ -141,6 +142,10 @@ class WiSEFTCallback(MethodCallback):
         constraint = self._constraint
         method = cast(WiSEFT, constraint.method)
 
+        def present() -> Mapping[str, Tensor]:
+            constraint.find_buffers()
+            return constraint.anchors.parameters
+
         def interpolate(alpha: float) -> None:
             method.alpha = alpha
             constraint.finish()
@@ -149,7 +154,7 @@ class WiSEFTCallback(MethodCallback):
             with isolate_rng():
                 return validate_aside(trainer)
 
-        set_alpha = alpha_setter(pl_module, constraint.anchors.parameters, interpolate, self.anchor_device)
+        set_alpha = alpha_setter(pl_module, present, interpolate, self.anchor_device)
         self.sweep = sweep = search.run(trainer, set_alpha, validate)
         set_alpha(1.0)
         method.alpha = sweep.chosen_alpha

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ def plot_alphas(
         ax: Where to draw. None: a new figure.
     """
     figure, ax = axes_for(ax, width=4.8, height=3.6)
-    alphas, top = sorted(values), values[best]
+    alphas, top = sorted(values), values.get(best, math.nan)
     ax.plot(alphas, [values[alpha] for alpha in alphas], marker="o", color=BLUE)
     ax.axvline(chosen, linestyle=":", color=GREY)
     ax.set(xlabel="alpha (0: pretrained, 1: fine-tuned)", ylabel=monitor)
