@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -135,11 +135,12 @@ class Anchors:
 
     # ---- what happens to them
 
-    def join(self, frozen: bool = False) -> list[str]:
+    def join(self, frozen: bool = False, stepped: Collection[int] = ()) -> list[str]:
         """Give those an anchor that are trainable now.
 
         Args:
             frozen: Whether all others join as well.
+            stepped: The ids of those that are about to be stepped, frozen or not.
 
         Returns:
             The names that have joined, in the order of the model.
@@ -147,7 +148,7 @@ class Anchors:
         new = {
             name: parameter
             for name, parameter in self._frozen.items()
-            if frozen or parameter.requires_grad or not isinstance(parameter, nn.Parameter)
+            if frozen or parameter.requires_grad or not isinstance(parameter, nn.Parameter) or id(parameter) in stepped
         }
         for name, parameter in new.items():
             value = self._kept.pop(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,9 @@ class Attached(Shown):
     def _attach(self, model: nn.Module, candidates: Tensors, state: Mapping[str, Any] | None = None) -> None:
         self._model, self._gathering, self._candidates = model, gathering(model), candidates
         self.reporter.order = list(candidates)
-        self._arrange()
         if state is not None:
-            self.load(state)
+            self._load(state)  # first: what was learned before may be of other tensors
+        self._arrange()
         self.join()
         self.anchors.own()
         if self.method.has_radii and not self.anchors.in_file:
@@ -122,9 +122,9 @@ class Attached(Shown):
             self.anchors.settled = settled
             self._arrange()
 
-    def join(self) -> bool:
-        """Constrain the parameters that have thawed; says whether there are any."""
-        names = self.anchors.join()
+    def join(self, stepped: Collection[int] = ()) -> bool:
+        """Constrain the parameters that have thawed, or are stepped, see `Anchors`; says whether there are any."""
+        names = self.anchors.join(stepped=stepped)
         if names:
             tensors = self._arrange()
             self.method.joined(tensors, names)
@@ -178,8 +178,8 @@ class Attached(Shown):
         if self.tensors is None:
             raise ValueError(f"{self.title} is attached to no model. Call load_state_dict before remove.")
         self._restore(self._candidates, state)
+        self._load(state)
         self._arrange()
-        self.load(state)
         self.join()
         self.anchors.own()
 
@@ -187,14 +187,17 @@ class Attached(Shown):
         """Know what `state_dict` gave, and be attached to no model."""
         self.anchors.load_state_dict(put_back(state))
         self._file = None if self._save_anchor else named(state)
-        self.load(state)
+        self._load(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """What was learned and seen alone."""
+        self._load(state)
+        if self.tensors is not None:
+            self.method.place(self.tensors)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         try:
             self.method.load(state["method"])
         except KeyError as error:
             raise ValueError(f"The state is not one of {self.title}: it lacks {error}.") from error
         self.reporter.load(state.get("history", {}))
-        if self.tensors is not None:
-            self.method.place(self.tensors)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_tpgm.layout import Layout, Matrices
 from lightning_tpgm.norms import Norm
+from lightning_tpgm.optimizers import learning_rate
 from lightning_tpgm.projection import is_coarse, safe_ratio
 from lightning_tpgm.sharding import Sharding, is_fsdp2, is_split, local, local_gradient
 
@@ -53,9 +54,10 @@ class Constrained:
     # ---- which tensors
 
     def stepped_by(self, optimizer: Optimizer) -> Constrained:
-        """Those that this optimizer steps, but for what is frozen now."""
+        """Those that this optimizer steps, but for what is frozen: it has no gradient either."""
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return self.subset([i for i, p in enumerate(self.parameters) if p.requires_grad and id(p) in owned])
+        stepped = (id(p) in owned and (p.requires_grad or p.grad is not None) for p in self.parameters)
+        return self.subset([i for i, steps in enumerate(stepped) if steps])
 
     def not_frozen(self) -> Constrained:
         """Those that are not frozen now; the buffers of a layer are if all its parameters are."""
@@ -143,8 +145,8 @@ class Constrained:
         return None if grad is None else local_gradient(grad, self.parameters[index])
 
     def learning_rates(self, optimizer: Optimizer) -> Tensor:
-        """The rate that the optimizer steps each tensor with, shape (T,)."""
-        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        """The rate that the optimizer steps each tensor with, shape (T,); a ValueError if it keeps that to itself."""
+        rates = {id(p): learning_rate(optimizer, group) for group in optimizer.param_groups for p in group["params"]}
         return self.vector([rates[id(p)] for p in self.parameters], self._layout.dtype)
 
     def vector(self, values: Sequence[float], dtype: torch.dtype = torch.bool) -> Tensor:

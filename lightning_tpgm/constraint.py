@@ -15,7 +15,7 @@ from lightning_tpgm.attached import Attached, Say, log_info
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods.method import Method, Step
 from lightning_tpgm.observing.reporter import Quantities
-from lightning_tpgm.optimizers import needs_unscaled_gradients, weights_for_evaluation
+from lightning_tpgm.optimizers import needs_unscaled_gradients, weights_for_evaluation, with_gradient
 from lightning_tpgm.selection import check_dense
 from lightning_tpgm.steps import Steps
 
@@ -42,9 +42,10 @@ class Constraint(Attached):
         tell: Say = log_info,
     ) -> None:
         super().__init__(method, anchor_device, save_anchor, title or type(method).__name__, warn, tell)
-        self.steps = Steps(self.before, self.change_gradients, self.after)
+        self.steps = Steps(self.before, self._gradients, self.after)
         self.record_every = 1  # steps, where quantities have to be measured
         self._looks = False  # when the gradients of this step are there
+        self._stepping: Constrained | None = None  # those that the step which is under way moves
 
     # ---- the steps of optimizers
 
@@ -64,14 +65,29 @@ class Constraint(Attached):
 
     @torch.no_grad()
     def before(self, step: Step) -> None:
-        """An optimizer is about to step."""
+        """An optimizer is about to step. Its closure may freeze tensors, and thaw others."""
         self.join()
         tensors = self.tensors if self.at_hand else None
         self._looks = tensors is not None and self.reporter.leaving.is_due(step.index, tensors)
         if self.method.reads_gradients and getattr(step.optimizer, "found_inf", None) is not None:
             raise ValueError(needs_unscaled_gradients(self.title, step.optimizer))
-        if type(self.method).before is not Method.before and (tensors := self._stepped_by(step)) is not None:
-            self.method.before(tensors, step)
+        self._stepping = None
+        self._begin(step)
+
+    @torch.no_grad()
+    def settle(self, step: Step) -> None:
+        """Its gradients are there: nothing that it moves can be frozen or thawed any more."""
+        self.join(with_gradient(step.optimizer))
+        self._begin(step)
+
+    def _begin(self, step: Step) -> None:
+        before, self._stepping = self._stepping, self._stepped_by(step)
+        if self._stepping is not None and self._stepping is not before:
+            self.method.before(self._stepping, step)
+
+    def _gradients(self, step: Step) -> None:
+        self.settle(step)
+        self.change_gradients(step)
 
     @torch.no_grad()
     def change_gradients(self, step: Step) -> None:
@@ -87,7 +103,8 @@ class Constraint(Attached):
     def after(self, step: Step) -> None:
         """It has stepped."""
         self.anchors.settled = True
-        if not self.method.acts_at_end and (tensors := self._stepped_by(step)) is not None:
+        tensors, self._stepping = self._stepping, None
+        if tensors is not None:
             self.method.after(tensors, step)
         if self.tensors is not None and self.tensors.names:
             self.reporter.record(self.quantities, 1 if self.at_hand else self.record_every)
@@ -95,8 +112,10 @@ class Constraint(Attached):
                 self.reporter.leaving.stepped(self.tensors)
 
     def _stepped_by(self, step: Step) -> Constrained | None:
-        tensors = None if self.tensors is None else self.tensors.stepped_by(step.optimizer)
-        return tensors if tensors is not None and tensors.names else None
+        if self.tensors is None or self.method.acts_at_end:
+            return None
+        tensors = self.tensors.stepped_by(step.optimizer)
+        return tensors if tensors.names else None
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -121,7 +140,8 @@ class Constraint(Attached):
         """Let go of the model and of device memory; what `state_dict` needs stays, on the CPU."""
         with suppress(RuntimeError):  # after an error there may be no memory to measure them
             self.reporter.conclude(self.seen())
-        self.tensors, self._model, self._gathering, self._candidates = None, None, [], {}
+        self.tensors, self._stepping, self._model = None, None, None
+        self._gathering, self._candidates = [], {}
         with ExitStack() as at_last:  # also with a device that is broken
             at_last.callback(self.anchors.release)
             at_last.callback(self.method.release)

@@ -140,7 +140,9 @@ class _ReentrantCheckpointingError(RuntimeError):
 
 def _autograd_grad(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
     try:
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        found = iter(torch.autograd.grad(loss, trainable, allow_unused=True))
+        return [next(found) if parameter.requires_grad else None for parameter in parameters]
     except RuntimeError as error:
         # torch's own: the text of a user's class may fail
         if type(error) is RuntimeError and "heckpoint" in str(error) and ".grad()" in str(error):

@@ -53,6 +53,27 @@ def _attributes(found: object) -> dict[str, Any]:
     return getattr(found, "__dict__", {})
 
 
+def with_gradient(optimizer: Optimizer) -> set[int]:
+    """The ids of the parameters that its step moves, frozen or not: torch's optimizers ask for a gradient alone."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+
+
+def learning_rate(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
+    """The rate of a parameter group.
+
+    Raises:
+        ValueError: If the group has none, as of optimizers that choose their own.
+    """
+    rate = group.get("lr")
+    if rate is None:
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"`lr` should be a number in every parameter group of {name}, found {rate}. The method goes by the rate"
+            f" that each tensor is stepped with. Pass one to {name} (Adafactor: with relative_step=False)."
+        )
+    return float(rate)
+
+
 def needs_unscaled_gradients(title: str, optimizer: Optimizer) -> str:
     """Why a fused optimizer under a gradient scaler is refused."""
     return (

@@ -26,7 +26,6 @@ class Steps:
     Args:
         before: Called before the step. The gradients may not be there: a closure may compute them.
         gradients: Called when they are there and not used yet: before the step, or after each call of its closure.
-            None: somebody else finds out, as Lightning does between a closure's gradients and their clipping.
         after: Called after the step.
 
     Attributes:
@@ -34,7 +33,7 @@ class Steps:
         any_seen: Whether there was a step; set it to False to look again.
     """
 
-    def __init__(self, before: OnStep, gradients: OnStep | None, after: OnStep) -> None:
+    def __init__(self, before: OnStep, gradients: OnStep, after: OnStep) -> None:
         self._before, self._gradients, self._after = before, gradients, after
         self._handles: list[RemovableHandle] = []
         self._running: list[FrameType] = []  # the calls of `step` that are within each other now
@@ -83,21 +82,20 @@ class Steps:
                 return None
             step = Step(optimizer, index)
             self._before(step)
-            return None if self._gradients is None else self._with_gradients(self._gradients, step, args, kwargs)
+            return self._with_gradients(step, args, kwargs)
 
         return begins
 
-    @staticmethod
-    def _with_gradients(gradients: OnStep, step: Step, args: Any, kwargs: Any) -> Any:
+    def _with_gradients(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Say when the gradients are there; if a closure computes them it is replaced by one that also says so."""
         closure = kwargs.get("closure", next(iter(args[1:]), None))  # the first is the optimizer
         if not callable(closure):
-            gradients(step)
+            self._gradients(step)
             return None
 
         def then(*closure_args: Any) -> Any:
             loss = closure(*closure_args)
-            gradients(step)
+            self._gradients(step)
             return loss
 
         return (args, {**kwargs, "closure": then}) if "closure" in kwargs else ((args[0], then, *args[2:]), kwargs)

@@ -330,7 +330,7 @@ def test_best_weights_that_come_back_are_no_alarm(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("moves", [True, False])
 def test_frozen_layers_are_said_only_if_they_have_left(moves: bool) -> None:
-    """Momentum may move them, see the documentation; here it is a callback that does."""
+    """Here it is a callback that moves them."""
 
     class Freeze(pl.Callback):
         def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -23,11 +23,10 @@ ONE_STEP = ["before 0", "gradients 0", "after 0"]
 class Log:
     """`Steps` that write down what they call, with the index of the optimizer."""
 
-    def __init__(self, *optimizers: Optimizer, gradients: bool = True) -> None:
+    def __init__(self, *optimizers: Optimizer) -> None:
         self.seen: list[str] = []
         self.by: list[Optimizer] = []  # whose steps
-        noting = self.note("gradients") if gradients else None
-        self.steps = Steps(self.note("before"), noting, self.note("after"))
+        self.steps = Steps(self.note("before"), self.note("gradients"), self.note("after"))
         self.steps.follow(optimizers)
 
     def note(self, what: str) -> Callable[[Step], None]:
@@ -120,25 +119,6 @@ def test_a_closure_that_is_called_again_and_again() -> None:
     assert seen[-1] == "after 0"
 
 
-def test_somebody_else_finds_out_about_gradients() -> None:
-    """Without a function to call, the closure that the optimizer calls is the user's own."""
-    calls = list[Any]()
-
-    class Looking(SGD):
-        def step(self, closure: Any = None) -> Any:
-            calls.append(closure)
-
-    weight = nn.Parameter(torch.ones(2))
-    log = Log(optimizer := Looking([weight], lr=0.1), gradients=False)
-
-    def closure() -> float:
-        return 1.0
-
-    optimizer.step(closure)
-    assert log.take() == ["before 0", "after 0"]
-    assert calls == [closure]
-
-
 def test_two_that_follow_one_optimizer() -> None:
     """Each of them sees the step, and the gradients of a closure once per call."""
     first, second = Log(optimizer := sgd()), Log(optimizer)
@@ -189,7 +169,7 @@ def test_a_step_that_calls_the_inherited_one_is_one(with_closure: bool) -> None:
     weight, seen = nn.Parameter(torch.ones(2)), list[float]()
     weight.grad = torch.ones(2)
     log = Log(optimizer := Decaying([weight], lr=0.1))
-    after = Steps(lambda step: None, None, lambda step: seen.append(float(weight_of(step.optimizer)[0])))
+    after = Steps(lambda step: None, lambda step: None, lambda step: seen.append(float(weight_of(step.optimizer)[0])))
     after.follow([optimizer])
     for _ in range(2):
         optimizer.step(*([lambda: 1.0] if with_closure else []))

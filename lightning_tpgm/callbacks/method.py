@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -40,6 +40,7 @@ from lightning_tpgm.callbacks.surroundings import (
 )
 from lightning_tpgm.constraint import Constraint
 from lightning_tpgm.methods.method import Method, Step
+from lightning_tpgm.optimizers import with_gradient
 from lightning_tpgm.pretrained import Pretrained, path_of, read_pretrained
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import reshard
@@ -93,7 +94,7 @@ class MethodCallback(Asked, PlainCopies, Callback):
         with configuration_errors():
             arguments = self.make_method(), self.anchor_device, self.save_anchor, type(self).__name__
         self._constraint = Constraint(*arguments, rank_zero_warn, rank_zero_info)
-        self._constraint.steps = Steps(self._before_step, None, self._after_step)
+        self._constraint.steps = Steps(self._before_step, self._settle, self._after_step)
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the fit starts
         self._given: dict[str, Tensor] | None = None  # all that `pretrained` holds, until the fit starts
         self._fitted: Callable[[], pl.LightningModule | None] = lambda: None  # a weak reference: the last fit's module
@@ -132,16 +133,20 @@ class MethodCallback(Asked, PlainCopies, Callback):
         with configuration_errors():
             self._constraint.follow(trainer.optimizers)
 
-    def _join(self) -> None:
-        """Take in what has thawed, unless another callback acts on it that does not go with this one."""
+    def _join(self, stepped: Collection[int] = ()) -> None:
+        """Take in what has thawed or is stepped, unless another callback acts on it that does not go with this one."""
         module = self._fitted()
-        if self._constraint.join() and module is not None:
+        if self._constraint.join(stepped) and module is not None:
             check_others(module.trainer, self)
 
     def _before_step(self, step: Step) -> None:
         self._constraint.retake()  # Lightning's hook does not announce a step of the bare optimizer
         self._join()
         self._constraint.before(step)
+
+    def _settle(self, step: Step) -> None:
+        self._join(with_gradient(step.optimizer))  # the training step may have frozen and thawed layers
+        self._constraint.settle(step)
 
     def _after_step(self, step: Step) -> None:
         if self._constraint.method.changes_gradients:
@@ -169,6 +174,7 @@ class MethodCallback(Asked, PlainCopies, Callback):
         self._constraint.retake(settled=True)  # the module's own hooks and its step run later than this callback
         step = self._constraint.steps.step_of(optimizer)
         if step is not None:  # one that was replaced since the batch began is followed no more
+            self._join(with_gradient(step.optimizer))
             with configuration_errors():
                 self._constraint.change_gradients(step)
 

@@ -63,8 +63,9 @@ class DiGraP(Method):
 
     @override
     def joined(self, tensors: Constrained, names: Sequence[str]) -> None:
-        self.omegas.add(names)
-        self.omegas.start(torch.zeros_like(self.omegas.value))
+        for omegas in {self.omegas, self._next}:  # a step may be about to happen
+            omegas.add(names)
+            omegas.start(torch.zeros_like(omegas.value))
 
     @override
     def change_gradients(self, tensors: Constrained, step: Step) -> None:
@@ -116,8 +117,12 @@ class DiGraP(Method):
         self.omegas.lr_used = state["lr"]
         # older checkpoints have the weights themselves: the next step learns nothing
         self.unstepped.load({} if "previous" in state else state["unstepped"])
+        self._forget_next()
 
     @override
     def release(self) -> None:
         super().release()
+        self._forget_next()
+
+    def _forget_next(self) -> None:
         self._next, self._newer, self._stepping = self.omegas, LastStep(), []

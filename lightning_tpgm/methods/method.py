@@ -67,7 +67,10 @@ class Method:
         """These have become constrained; they are the last ones of all tensors, which come with them."""
 
     def before(self, tensors: Constrained, step: Step) -> None:
-        """Right before a step of the optimizer that steps these tensors; there may be no gradients yet."""
+        """Right before a step of the optimizer that steps these tensors; there may be no gradients yet.
+
+        If the step's closure freezes or thaws some, it is called again, before anything moves: the last call counts.
+        """
 
     def change_gradients(self, tensors: Constrained, step: Step) -> None:
         """The gradients of these tensors are there, and not used yet."""

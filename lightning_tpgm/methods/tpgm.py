@@ -86,7 +86,7 @@ class TPGM(Method):
         """Updates the radii of this optimizer's tensors if that is due, and projects these."""
         steps = self.steps.get(step.index, 0)
         self.steps[step.index] = steps + 1
-        due = steps % self.every_n_steps == 0
+        due = steps % self.every_n_steps == 0 and any(p.requires_grad for p in tensors.parameters)
         self._constrain(tensors, range(self.radius_steps if due else 0), step.moved(tensors))
 
     @override

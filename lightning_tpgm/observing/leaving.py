@@ -93,8 +93,8 @@ class Leaving:
             yield (
                 f"{names[worst]!r} is outside of its ball, at a distance of {float(distances[worst]):.3g} with a radius"
                 f" of {float(radii[worst]):.3g} (1 of {count} such tensors). Something changed it after the last"
-                " projection. Pruning masks do, nn.Embedding(max_norm=...), clipping, momentum of a frozen layer, steps"
-                " of other optimizers, callbacks and hooks that write to weights. Let them write before the optimizer"
+                " projection. Pruning masks do, nn.Embedding(max_norm=...), clipping, steps of other"
+                " optimizers, callbacks and hooks that write to weights. Let them write before the optimizer"
                 f" steps, or name the tensor in `exclude`: [{names[worst]!r}]."
             )
 
