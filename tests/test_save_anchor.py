@@ -264,6 +264,32 @@ def test_checkpoints_are_as_large_as_documented(name: str, tmp_path: Path) -> No
     assert found == pytest.approx(documented_sizes()[name], abs=0.02)
 
 
+class Large(Toy):
+    """A matrix of 100 MB beside the toy's, stepped by its first element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Parameter(torch.ones(5000, 5000))
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return super().loss(batch) + self.large[0, 0].square()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def test_with_a_file_a_checkpoint_of_100_mb_grows_by_less_than_1_mb(tmp_path: Path) -> None:
+    torch.save(Large().state_dict(), tmp_path / "pretrained.pt")
+    sizes = []
+    for callbacks in ([], [TPGMCallback(pretrained=tmp_path / "pretrained.pt", save_anchor=False)]):
+        trainer = quiet_trainer(*callbacks, max_steps=1, limit_val_batches=1, num_sanity_val_steps=0)
+        trainer.fit(Large(), train_loader(), val_loader())
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        sizes.append((tmp_path / "end.ckpt").stat().st_size)
+    assert sizes[0] > 100_000_000
+    assert sizes[1] - sizes[0] < 1_000_000
+
+
 @pytest.mark.parametrize("make", AT_END.values(), ids=AT_END)
 @pytest.mark.parametrize("second", [False, True], ids=["one fit", "two fits"])
 def test_anchors_that_stay_in_the_file_give_the_same_end(make: Any, second: bool, tmp_path: Path) -> None:
