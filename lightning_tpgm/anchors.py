@@ -13,6 +13,7 @@ from lightning_tpgm.pretrained import match_pretrained
 from lightning_tpgm.sharding import full, is_split, local, split_like
 
 AnchorDevice = Literal["cpu"] | None
+Place = Literal["device", "host", "file"]
 Origin = Literal["none", "fresh", "pretrained", "restored"]
 
 
@@ -26,26 +27,26 @@ class Anchors:
     another fit of the same model. `join` lets those join that have thawed. `release` lets go of the model.
 
     Args:
-        device: ``"cpu"``: the anchors are kept in the host's memory. None: on the parameters' device. Either way each
-            process keeps its own parts of those that are split.
+        place: Where the anchors are kept. ``"device"``: on that of the parameters. ``"host"``: in the host's memory.
+            ``"file"``: in their file alone, since nobody needs them yet. Those here have no elements then. Each process
+            keeps its own parts of those that are split.
 
     Attributes:
         origin: ``"none"`` before the first of these transitions. ``"fresh"``: the weights as they were found.
             ``"pretrained"``: given weights. ``"restored"``: a checkpoint.
         joined: The anchor of each constrained parameter, by name.
         settled: False where `retake` may find other weights: there has been no step yet.
-        in_file: Whether the anchors stay in a file, since nobody needs them yet: those here have no elements.
         parameters: The constrained parameters by the same names, in the same order; empty after `release`.
     """
 
-    def __init__(self, device: AnchorDevice = None) -> None:
-        self.device = device
+    def __init__(self, place: Place = "device") -> None:
+        self.place = place
         self.forget()
 
     def forget(self) -> None:
         """Back to the state of a new object."""
         self.origin: Origin = "none"
-        self.settled, self.in_file = True, False
+        self.settled = True
         self.joined: dict[str, Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor | None] = {}  # of all that wait. None: what they hold then
@@ -55,6 +56,11 @@ class Anchors:
     def waiting(self) -> list[str]:
         """The names of the model's parameters that are frozen yet."""
         return list(self._frozen)
+
+    @property
+    def in_file(self) -> bool:
+        """Whether those here have no elements."""
+        return self.place == "file"
 
     # ---- where the anchors come from
 
@@ -69,7 +75,6 @@ class Anchors:
         pretrained: Mapping[str, Tensor],
         candidates: Mapping[str, Tensor],
         report: Callable[[str], None],
-        in_file: bool = False,
     ) -> None:
         """Given weights, matched by name; candidates without one are not constrained, and this is reported.
 
@@ -77,17 +82,17 @@ class Anchors:
             ValueError: If they do not fit, see `lightning_tpgm.pretrained.match_names`.
         """
         self.forget()
-        self.origin, self.in_file = "pretrained", in_file
+        self.origin = "pretrained"
         self._wait_for(match_pretrained(pretrained, candidates, report) if candidates else {}, candidates)
 
-    def restore(self, state: Mapping[str, Any], candidates: Mapping[str, Tensor], in_file: bool = False) -> None:
+    def restore(self, state: Mapping[str, Any], candidates: Mapping[str, Tensor]) -> None:
         """What `state_dict` gave.
 
         Raises:
             ValueError: If these anchors are not those of the candidates.
         """
         self.forget()
-        self.origin, self._kept, self.in_file = "restored", dict(state["waiting"]), in_file
+        self.origin, self._kept = "restored", dict(state["waiting"])
         self._joins(
             state["anchor"],
             candidates,
@@ -181,8 +186,13 @@ class Anchors:
         self.parameters |= others
         return bool(others)
 
+    def bring(self) -> None:
+        """Those in the host's memory come to the parameters' device."""
+        self.place = "device"
+        self.joined = {name: anchor.to(self.parameters[name].device) for name, anchor in self.joined.items()}
+
     def own(self) -> None:
-        """Copy what is kept for those that wait: where it came from may go on training."""
+        """Copy what is kept for those that wait: where it came from may go on training, or be a file that changes."""
 
         def copy(value: Tensor) -> Tensor:
             return value.to("meta") if self.in_file else value.clone()
@@ -217,7 +227,7 @@ class Anchors:
     def _captured(self, value: Tensor, parameter: Tensor) -> Tensor:
         if self.in_file:
             return torch.empty_like(parameter, requires_grad=False, device="meta")
-        return capture(value, parameter, self.device)
+        return capture(value, parameter, "cpu" if self.place == "host" else None)
 
 
 def capture(value: Tensor, parameter: Tensor, device: AnchorDevice = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_tpgm.anchors import AnchorDevice, Anchors
+from lightning_tpgm.anchors import AnchorDevice, Anchors, Place
 from lightning_tpgm.constrained import Constrained, gathering
 from lightning_tpgm.methods.method import Method
 from lightning_tpgm.observing.leaving import too_long_for_max_norm
@@ -19,7 +19,6 @@ from lightning_tpgm.observing.reporter import Reporter
 from lightning_tpgm.observing.shown import Shown
 from lightning_tpgm.references import AnchorFile, moved, named, put_back
 from lightning_tpgm.selection import buffers_of
-from lightning_tpgm.sharding import is_split
 
 Say = Callable[[str], None]
 Tensors = Mapping[str, Tensor]  # by name
@@ -33,7 +32,8 @@ class Attached(Shown):
         self, method: Method, anchor_device: AnchorDevice, save_anchor: bool, title: str, warn: Say, tell: Say
     ) -> None:
         self.method, self.title = method, title
-        self.anchors = Anchors(anchor_device)
+        self._place: Place = "device" if anchor_device is None else "host"  # of anchors that are used
+        self.anchors = Anchors(self._place)
         self.reporter = Reporter(self.title, method.growth())
         self.tensors: Constrained | None = None  # those that are constrained now. None: no model is attached
         self._save_anchor = save_anchor
@@ -49,17 +49,19 @@ class Attached(Shown):
         self, model: nn.Module, candidates: Tensors, pretrained: Tensors | None = None, path: Path | None = None
     ) -> None:
         """Take the anchors from the model's weights, or from given ones, which may come from a file."""
+        if pretrained is not None and path is not None and not self._save_anchor:
+            self._file = AnchorFile.of(path, pretrained, candidates)
+        self._put_aside()
         if pretrained is None:
             self.anchors.begin(candidates)
         else:
-            if path is not None and not self._save_anchor:
-                self._file = AnchorFile.of(path, pretrained, candidates)
-            self.anchors.begin_from(pretrained, candidates, self._report, self._can_wait_for(candidates))
+            self.anchors.begin_from(pretrained, candidates, self._report)
         self._attach(model, candidates)
 
-    def _can_wait_for(self, candidates: Tensors) -> bool:
-        """Whether the anchors may stay in their file until the end. Processes that share tensors keep their parts."""
-        return self._file is not None and self.method.acts_at_end and not any(map(is_split, candidates.values()))
+    def _put_aside(self) -> None:
+        """Anchors that only the end needs will be in their file until then, or in the host's memory."""
+        if self.method.acts_at_end:
+            self.anchors.place = "host" if self._file is None else "file"
 
     def restore(
         self,
@@ -81,14 +83,15 @@ class Attached(Shown):
         path: Path | None = None,
     ) -> None:
         self._file = None if self._save_anchor else moved(named(state), path)
-        self.anchors.restore(put_back(state, path, pretrained), candidates, self._can_wait_for(candidates))
+        self._put_aside()
+        self.anchors.restore(put_back(state, path, pretrained), candidates)
 
     def go_on(self, model: nn.Module, candidates: Tensors, pretrained: Tensors | None = None) -> None:
         """Go on with the same model after `release`."""
         if self._file is not None and pretrained is not None:  # the model may have got new parameters
             self._file.check(pretrained)
             self._file = AnchorFile.of(Path(self._file.path), pretrained, candidates)
-        self.anchors.in_file = self._can_wait_for(candidates)
+        self._put_aside()
         self.anchors.go_on(candidates, pretrained, self._report)
         self._attach(model, candidates)
 
@@ -147,10 +150,17 @@ class Attached(Shown):
             self._arrange()
 
     def fetch(self) -> None:
-        """Read the anchors that have stayed in their file so far."""
+        """Bring the anchors that were put aside to where they are used."""
+        if self.anchors.place == self._place:
+            return
         if self.anchors.in_file:
-            self.anchors.restore(put_back(self._kept()), self._candidates)
-            self._arrange()
+            state = put_back(self._kept())
+            self.anchors.place = self._place
+            self.anchors.restore(state, self._candidates)
+            self.anchors.own()
+        else:
+            self.anchors.bring()
+        self._arrange()
 
     # ---- checkpoints
 
@@ -167,7 +177,7 @@ class Attached(Shown):
     @override
     def anchor(self) -> dict[str, Tensor]:
         """The pretrained value of each constrained parameter, by name; read from their file while they are there."""
-        return dict(put_back(self._kept())["anchor"] if self.anchors.in_file else self.anchors.joined)
+        return dict(put_back(self._kept(), copy=True)["anchor"] if self.anchors.in_file else self.anchors.joined)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave: the anchors are the original ones, whatever the model holds now.
@@ -185,7 +195,7 @@ class Attached(Shown):
 
     def recall(self, state: Mapping[str, Any]) -> None:
         """Know what `state_dict` gave, and be attached to no model."""
-        self.anchors.load_state_dict(put_back(state))
+        self.anchors.load_state_dict(put_back(state, copy=True))
         self._file = None if self._save_anchor else named(state)
         self._load(state)
 

@@ -46,7 +46,8 @@ def constrain(
         pretrained: Where the anchors come from, a file, a mapping or a module. None: the model's weights now.
         held_out_loss: For `TPGM`: returns the loss on the next held-out batch, a scalar tensor, at the model's present
             weights. Train or eval mode and the batches are its own affair.
-        anchor_device: ``"cpu"``: the anchors are kept in the host's memory. None: on the parameters' device.
+        anchor_device: ``"cpu"``: the anchors are kept in the host's memory. None: on the parameters' device. A method
+            that acts at the end brings them there then, and has them in the host's memory before.
         save_anchor: Whether ``state_dict()`` holds the anchors. False: it holds the path of the ``pretrained`` file and
             a fingerprint of its tensors. Then ``load_state_dict()`` needs the file to be where it was.
 

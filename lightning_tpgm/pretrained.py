@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +29,9 @@ def read_pretrained(pretrained: Pretrained) -> dict[str, Tensor]:
     Args:
         pretrained: Path of a Lightning checkpoint, of a state dict (``.pt``, ``.pth``, ...) or of a ``.safetensors``
             file. Or a mapping, or a module. Files are read onto the CPU and never execute code (``weights_only``).
+
+    Returns:
+        Tensors that share memory with the mapping or module, or with the file, see `read_file`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -68,6 +72,10 @@ def state_dict_in(content: Mapping[str, Any]) -> Mapping[str, Any]:
 def read_file(path: Path) -> Mapping[str, Any]:
     """The content of a checkpoint or ``.safetensors`` file, on the CPU; nothing in it is executed.
 
+    The file is mapped into memory: only what is looked at is read, and processes share it. So use the tensors at once,
+    or copy them. They change if somebody overwrites the file, and are lost if it gets shorter. Files that torch wrote
+    before 1.6 are read as a whole.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it needs code to be read, or holds no mapping.
@@ -87,7 +95,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
         except Exception as error:
             raise ValueError(f"`pretrained` file {str(path)!r} cannot be read as safetensors: {error}.") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         raise ValueError(
             f"`pretrained` file {str(path)!r} cannot be read with weights_only=True: {error} Save its weights alone,"

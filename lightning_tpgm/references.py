@@ -92,7 +92,10 @@ def moved(file: AnchorFile | None, path: Path | None) -> AnchorFile | None:
 
 
 def put_back(
-    state: Mapping[str, Any], path: Path | None = None, given: Mapping[str, Tensor] | None = None
+    state: Mapping[str, Any],
+    path: Path | None = None,
+    given: Mapping[str, Tensor] | None = None,
+    copy: bool = False,
 ) -> Mapping[str, Any]:
     """A state dict that holds its anchors, read from the file that it names.
 
@@ -100,6 +103,7 @@ def put_back(
         state: As `lightning_tpgm.constraint.Constraint.state_dict` gave it.
         path: Where the file is now. None: where it was.
         given: What is in it, if it has been read.
+        copy: Whether what is read is copied, see `read_pretrained`.
 
     Raises:
         ValueError: If it is not there, or holds other tensors.
@@ -116,9 +120,10 @@ def put_back(
             " place as `pretrained`."
         ) from error
     file.check(tensors, where)
-    values = {place: {**state[place], **_values(state[place], file, tensors)} for place in _PLACES}
+    values = {place: {**state[place], **_values(state[place], file, tensors, copy)} for place in _PLACES}
     return {**{key: value for key, value in state.items() if key != "file"}, **values}
 
 
-def _values(place: Mapping[str, Any], file: AnchorFile, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensors[file.sources[name]] for name, value in place.items() if isinstance(value, str)}
+def _values(place: Mapping[str, Any], file: AnchorFile, tensors: Mapping[str, Tensor], copy: bool) -> dict[str, Tensor]:
+    found = {name: tensors[file.sources[name]] for name, value in place.items() if isinstance(value, str)}
+    return {name: value.clone() for name, value in found.items()} if copy else found

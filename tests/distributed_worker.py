@@ -33,6 +33,7 @@ from lightning_tpgm import (
     TPGMCallback,
     WiSEFTCallback,
 )
+from lightning_tpgm.callbacks.method import MethodCallback
 
 STEPS = 6  # in two epochs
 GLOBAL_BATCH = 8
@@ -111,10 +112,11 @@ class Seen(pl.Callback):
 
     COLLECTIVES = ("all_reduce", "barrier", "broadcast", "all_gather", "all_gather_object", "broadcast_object_list")
 
-    def __init__(self, callback: pl.Callback) -> None:
+    def __init__(self, callback: MethodCallback) -> None:
         self.callback = callback
         self.learned: list[dict[str, float]] = []
         self.sent: list[str] = []
+        self.place = ""  # of the anchors
         self._usual = {name: getattr(dist, name) for name in self.COLLECTIVES}
 
     def on_before_optimizer_step(self, *_: object) -> None:
@@ -131,6 +133,7 @@ class Seen(pl.Callback):
     def on_train_batch_end(self, *_: object) -> None:
         for name, function in self._usual.items():
             setattr(dist, name, function)
+        self.place = self.callback._constraint.anchors.place
         name = "radii" if hasattr(self.callback, "radii") else "omegas"
         self.learned.append(dict(getattr(self.callback, name, {})))
 
@@ -157,6 +160,7 @@ def train(
     rank: int = 0,
     world_size: int = 1,
     own_loader: bool = False,
+    file: Path | None = None,
     optimizer: str = "sgd",
     max_steps: int = STEPS,
     save_to: Path | None = None,
@@ -171,6 +175,8 @@ def train(
     options = {name: value for name, value in METHODS[method].items() if name != "class"}
     if METHODS[method]["class"] is TPGMCallback and not own_loader:
         options["dataloader"] = DataLoader(held_out, batch)
+    if file is not None:
+        options |= {"pretrained": file, "save_anchor": False}
     callback = METHODS[method]["class"](exclude=["net.head.bias"], **options)
     seen = Seen(callback)
     module = Module(strategy, optimizer)
@@ -211,13 +217,20 @@ def train(
         module, DataLoader(train_set, batch, sampler=sampler), DataLoader(held_out, batch), ckpt_path=resume_from
     )
     anchor = {name: _whole(value) for name, value in callback.anchor.items()}
-    return {"weights": weights, "learned": seen.learned, "sent": seen.sent, "anchor": anchor}
+    return {"weights": weights, "learned": seen.learned, "sent": seen.sent, "place": seen.place, "anchor": anchor}
 
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def pretrained_file(folder: Path) -> Path:
+    """What all fits start from."""
+    torch.save(Module("single").state_dict(), folder / "pretrained.pt")
+    return folder / "pretrained.pt"
+
+
+FROM_FILE = ("tpgm_mars", "tpgm_fit_end", "wise_ft")
 # saved after the first epoch on the first and resumed on the second
 RESUMED = [("single", "ddp"), ("ddp", "single"), ("single", "fsdp2"), ("fsdp2", "single"), ("fsdp2", "fsdp2")]
 RESUMED_METHODS = ("tpgm_mars", "ftp_mars", "digrap")
@@ -229,6 +242,12 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
     for strategy in STRATEGIES:
         for method in METHODS:
             found[f"{strategy}-{method}"] = {"strategy": strategy, "method": method}
+        for method in FROM_FILE:
+            found[f"{strategy}-{method}-file"] = {
+                "strategy": strategy,
+                "method": method,
+                "file": folder / "pretrained.pt",
+            }
         found[f"{strategy}-own_loader"] = {"strategy": strategy, "method": "tpgm_mars", "own_loader": True}
         found[f"{strategy}-adamw"] = {"strategy": strategy, "method": "tpgm_l2", "optimizer": "adamw"}
     for strategy in ("ddp_find_unused", "ddp_static"):
@@ -247,6 +266,8 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
 def cases_of_four(folder: Path) -> dict[str, dict[str, Any]]:
     """What runs on four processes, in a mesh of two dimensions; single-METHOD.ckpt are in the folder already."""
     found: dict[str, dict[str, Any]] = {f"mesh-{method}": {"strategy": "mesh", "method": method} for method in METHODS}
+    for method in FROM_FILE:
+        found[f"mesh-{method}-file"] = {"strategy": "mesh", "method": method, "file": folder / "pretrained.pt"}
     for method in RESUMED_METHODS:
         half = {"max_steps": STEPS // 2, "save_to": folder / f"mesh-{method}.ckpt"}
         found[f"mesh-{method}-half"] = {"strategy": "mesh", "method": method, **half}

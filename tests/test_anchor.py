@@ -62,6 +62,11 @@ def plain_file(module: nn.Module, path: Path) -> Path:
     return path / "pretrained.pt"
 
 
+def legacy_file(module: nn.Module, path: Path) -> Path:
+    torch.save(module.state_dict(), path / "pretrained.pt", _use_new_zipfile_serialization=False)
+    return path / "pretrained.pt"
+
+
 def safetensors_file(module: nn.Module, path: Path) -> str:
     save_file = pytest.importorskip("safetensors.torch").save_file
     save_file(module.state_dict(), path / "pretrained.safetensors")
@@ -71,6 +76,7 @@ def safetensors_file(module: nn.Module, path: Path) -> str:
 SOURCES = {
     "Lightning checkpoint": lightning_checkpoint,
     "plain file": plain_file,
+    "file of torch before 1.6": legacy_file,
     "safetensors": safetensors_file,
     "mapping": lambda module, path: module.state_dict(),
     "checkpoint in memory": lambda module, path: {"epoch": 3, "state_dict": module.state_dict()},

@@ -71,7 +71,7 @@ def test_a_new_one_has_no_origin_and_nothing() -> None:
 
 
 def begun() -> Anchors:
-    anchors = Anchors("cpu")
+    anchors = Anchors("host")
     anchors.begin(candidates(a=True, b=False))
     anchors.join()
     return anchors
@@ -83,7 +83,7 @@ def test_forget_is_as_good_as_new() -> None:
     assert_states(anchors, "none", [], [])
     assert anchors.parameters == {}
     assert_same(anchors.state_dict(), {"anchor": {}, "waiting": {}})
-    assert anchors.device == "cpu"
+    assert anchors.place == "host"
     anchors.begin(candidates(c=True))
     assert anchors.join() == ["c"]
 
@@ -514,15 +514,15 @@ def test_go_on_follows_a_module_that_was_converted() -> None:
     assert_same(anchors.joined["a"], torch.arange(6.0, dtype=torch.float64).reshape(2, 3))
 
 
-@pytest.mark.parametrize("device", [None, "cpu"])
-def test_device_of_the_anchors(device: Any) -> None:
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_place_of_the_anchors(place: Any) -> None:
     """On "meta" there is no memory at all: an anchor that is on the CPU was asked for there."""
     found: Candidates = {"a": nn.Parameter(torch.zeros(2, 3, device="meta"))}
-    anchors = Anchors(device)
+    anchors = Anchors(place)
     anchors.begin_from({"a": torch.ones(2, 3)}, found, silent)
     anchors.join()
-    assert anchors.joined["a"].device.type == ("meta" if device is None else "cpu")
-    if device == "cpu":
+    assert anchors.joined["a"].device.type == ("meta" if place == "device" else "cpu")
+    if place == "host":
         assert_same(anchors.joined["a"], torch.ones(2, 3))
 
 
@@ -543,13 +543,27 @@ def test_parts_of_split_parameters_stay_in_the_hosts_memory(mesh: DeviceMesh) ->
     """The parameter's part is on a device, here meta; the processes talk on the mesh's, here the CPU."""
     value = torch.arange(6.0).reshape(2, 3)
     split = DTensor.from_local(torch.empty(2, 3, device="meta"), mesh, [Shard(0)], run_check=False)
-    anchors = Anchors(device="cpu")
+    anchors = Anchors("host")
     anchors.begin_from({"a": value}, {"a": split}, silent)
     anchors.join(frozen=True)
     assert anchors.joined["a"].to_local().is_cpu  # type: ignore[attr-defined]
     assert_same(anchors.state_dict()["anchor"], {"a": value})
     tensors = Constrained({"a": split}, anchors.joined, "mars")
     assert tensors.rows(tensors.weights()).is_meta
+    anchors.bring()
+    assert anchors.joined["a"].to_local().is_meta  # type: ignore[attr-defined]
+
+
+def test_parts_of_split_parameters_stay_in_a_file(mesh: DeviceMesh) -> None:
+    split = DTensor.from_local(torch.zeros(2, 3), mesh, [Shard(0)], run_check=False)
+    anchors = Anchors("file")
+    anchors.begin_from({"a": torch.ones(2, 3)}, {"a": split}, silent)
+    anchors.join(frozen=True)
+    (anchor,) = anchors.joined.values()
+    assert isinstance(anchor, DTensor)
+    assert anchor.placements == split.placements
+    assert anchor.to_local().is_meta
+    assert anchors.state_dict({"a": "source"})["anchor"] == {"a": "source"}
 
 
 def test_what_is_kept_away_from_the_mesh_comes_there_to_be_gathered(mesh: DeviceMesh) -> None:

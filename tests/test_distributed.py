@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from distributed_worker import METHODS, RESUMED, RESUMED_METHODS, STEPS, STRATEGIES, cases, cases_of_four, train
+from distributed_worker import (
+    METHODS,
+    RESUMED,
+    RESUMED_METHODS,
+    STEPS,
+    STRATEGIES,
+    cases,
+    cases_of_four,
+    pretrained_file,
+    train,
+)
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the processes talk through gloo on Linux"),
@@ -25,6 +35,7 @@ Results = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
+    pretrained_file(folder)
     for method in RESUMED_METHODS:
         train("single", method, max_steps=STEPS // 2, save_to=folder / f"single-{method}.ckpt")
     return folder
@@ -98,7 +109,8 @@ def test_same_everywhere_ranks_are_equal_to_the_bit(ranks: list[Results], case: 
 
 @pytest.mark.parametrize("case", [name for name in ON_TWO if not name.endswith("resumed")])
 def test_same_everywhere_two_processes_follow_one(ranks: list[Results], single: Any, case: str) -> None:
-    options = {name: value for name, value in cases(Path())[case].items() if name != "strategy"}
+    """One process has the anchors in memory, also where the others read them from a file."""
+    options = {name: value for name, value in cases(Path())[case].items() if name not in ("strategy", "file")}
     assert_same(ranks[0][case], single(**options))
 
 
@@ -120,6 +132,11 @@ def test_a_radius_update_under_ddp_sends_one_vector(ranks: list[Results], method
     """One all-reduce for each of the updates, in steps 1 and 5 of 6, and no barrier; a projection sends nothing."""
     for results in ranks:
         assert results[f"ddp-{method}"]["sent"] == ["all_reduce"] * sends
+
+
+@pytest.mark.parametrize("case", [name for name in ON_TWO if name.endswith("file")])
+def test_anchors_for_the_end_stay_in_their_file_until_then(ranks: list[Results], case: str) -> None:
+    assert {results[case]["place"] for results in ranks} == {"device" if "tpgm_mars" in case else "file"}
 
 
 def test_every_method_and_strategy_is_covered() -> None:

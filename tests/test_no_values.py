@@ -19,10 +19,18 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 import lightning_tpgm.layout
-from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, TPGMCallback
+from lightning_tpgm import (
+    DiGraPCallback,
+    FTPCallback,
+    L2SPCallback,
+    SPDCallback,
+    TPGMCallback,
+    WiSEFTCallback,
+    constrain,
+)
 from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.layout import SHARED
-from lightning_tpgm.methods import Method
+from lightning_tpgm.methods import Method, WiSEFT
 from toys import quiet_trainer
 
 METHODS: dict[str, Callable[..., MethodCallback]] = {
@@ -140,3 +148,33 @@ def test_anchors_in_the_hosts_memory_come_to_the_device_and_go(method: str, monk
     assert max(sizes) == 3000
     assert sum(sizes) == 4 * READS[method] * PRETRAINED["matrix"].numel()
     assert all(anchor.is_cpu for anchor in callback.anchor.values())
+
+
+AT_END: dict[str, Callable[..., MethodCallback]] = {
+    "tpgm": lambda **options: TPGMCallback([torch.ones(2, 3)], when="fit_end", **options),
+    "wise-ft": WiSEFTCallback,
+}
+
+
+@pytest.mark.parametrize("method", AT_END)
+def test_anchors_for_the_end_are_in_the_hosts_memory_until_then(method: str) -> None:
+    callback = AT_END[method](pretrained=PRETRAINED)
+    arrivals_in_four_steps(callback)
+    assert callback.anchor
+    assert all(anchor.is_cpu for anchor in callback.anchor.values())
+
+
+@pytest.mark.parametrize("used_on", ["meta", "cpu"])
+def test_anchors_for_the_end_come_to_the_device_then(used_on: str) -> None:
+    """Once, unless `anchor_device` says otherwise; a state that is loaded later puts them aside again."""
+    device: Any = "cpu" if used_on == "cpu" else None
+    constraint = constrain(Module().to("meta"), WiSEFT(), pretrained=PRETRAINED, anchor_device=device)
+    state = constraint.state_dict()
+    for _ in range(2):
+        assert {anchor.device.type for anchor in constraint.anchor.values()} == {"cpu"}
+        constraint.finish()
+        before = constraint.anchor
+        assert {anchor.device.type for anchor in before.values()} == {used_on}
+        constraint.finish()
+        assert all(constraint.anchor[name] is before[name] for name in before)
+        constraint.load_state_dict(state)

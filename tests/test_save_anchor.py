@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import pickle
 import re
+import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -262,6 +264,32 @@ def test_checkpoints_are_as_large_as_documented(name: str, tmp_path: Path) -> No
     assert found == pytest.approx(documented_sizes()[name], abs=0.02)
 
 
+class Large(Toy):
+    """A matrix of 100 MB beside the toy's, stepped by its first element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Parameter(torch.ones(5000, 5000))
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return super().loss(batch) + self.large[0, 0].square()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def test_with_a_file_a_checkpoint_of_100_mb_grows_by_less_than_1_mb(tmp_path: Path) -> None:
+    torch.save(Large().state_dict(), tmp_path / "pretrained.pt")
+    sizes = []
+    for callbacks in ([], [TPGMCallback(pretrained=tmp_path / "pretrained.pt", save_anchor=False)]):
+        trainer = quiet_trainer(*callbacks, max_steps=1, limit_val_batches=1, num_sanity_val_steps=0)
+        trainer.fit(Large(), train_loader(), val_loader())
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        sizes.append((tmp_path / "end.ckpt").stat().st_size)
+    assert sizes[0] > 100_000_000
+    assert sizes[1] - sizes[0] < 1_000_000
+
+
 @pytest.mark.parametrize("make", AT_END.values(), ids=AT_END)
 @pytest.mark.parametrize("second", [False, True], ids=["one fit", "two fits"])
 def test_anchors_that_stay_in_the_file_give_the_same_end(make: Any, second: bool, tmp_path: Path) -> None:
@@ -279,8 +307,10 @@ def test_anchors_that_stay_in_the_file_give_the_same_end(make: Any, second: bool
 
 
 @pytest.mark.parametrize("make", AT_END.values(), ids=AT_END)
-def test_what_acts_at_the_end_reads_the_file_twice(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the fit and at its end, whenever logs are due."""
+def test_what_acts_at_the_end_reads_the_file_three_times(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the fit, when it starts and at its end, whenever logs are due."""
     read: list[Any] = []
 
     def reading(path: Any) -> Any:
@@ -291,7 +321,7 @@ def test_what_acts_at_the_end_reads_the_file_twice(make: Any, tmp_path: Path, mo
         monkeypatch.setattr(module, "read_pretrained", reading)
     callback = make(pretrained=pretrained_file(tmp_path), save_anchor=False)
     quiet_trainer(callback, log_every_n_steps=1).fit(resumable(0))
-    assert len(read) == 2
+    assert len(read) == 3
 
 
 def test_anchors_that_stay_in_the_file_can_be_asked_for(tmp_path: Path) -> None:
@@ -322,6 +352,88 @@ def test_a_file_that_changes_before_the_end_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match="has changed since"):
         quiet_trainer(WiSEFTCallback(pretrained=file, save_anchor=False), Change()).fit(resumable(0))
+
+
+def file_of(folder: Path, kind: str) -> Path:
+    """Pretrained weights, those of `toy(5)`."""
+    if kind == "torch":
+        return pretrained_file(folder)
+    pytest.importorskip("safetensors.torch").save_file(toy(5).state_dict(), folder / "pretrained.safetensors")
+    return folder / "pretrained.safetensors"
+
+
+def overwrite(file: Path) -> None:
+    """In place, and as long as before: who looks at it now sees zeros."""
+    content = file.read_bytes()
+    for tensor in toy(5).state_dict().values():
+        content = content.replace(tensor.numpy().tobytes(), bytes(tensor.nbytes)) if tensor.dim() else content
+    with file.open("r+b") as opened:
+        opened.write(content)
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+@pytest.mark.parametrize("save_anchor", [True, False])
+@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+def test_a_file_that_is_overwritten_changes_no_anchor(make: Any, save_anchor: bool, kind: str, tmp_path: Path) -> None:
+    """Neither those of frozen layers, nor those that were asked for, nor those of copies."""
+    file, seen = file_of(tmp_path, kind), []
+    callback = make(pretrained=file, save_anchor=save_anchor)
+
+    class Overwrite(pl.Callback):
+        def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+            pl_module.head.requires_grad_(False)
+
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                seen.extend([callback.anchor, deepcopy(callback).anchor])
+                overwrite(file)
+            elif batch_idx == 2:
+                pl_module.head.requires_grad_(True)
+
+    stays = make is WiSEFTCallback and not save_anchor
+    with pytest.raises(MisconfigurationException, match="has changed since") if stays else nullcontext():
+        quiet_trainer(callback, Overwrite()).fit(resumable(0))
+    pretrained = toy(5).state_dict()
+    for anchor in seen if stays else [*seen, callback.anchor]:
+        assert_same(anchor, {name: pretrained[name] for name in anchor})
+    assert "backbone.0.weight" in seen[0]
+    assert stays or "head.weight" in callback.anchor
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_a_file_that_is_overwritten_after_the_end_changes_no_anchor(kind: str, tmp_path: Path) -> None:
+    file, module = file_of(tmp_path, kind), resumable(0)
+    module.head.requires_grad_(False)
+    callback = WiSEFTCallback(pretrained=file, save_anchor=False)
+    quiet_trainer(callback).fit(module)
+    overwrite(file)
+    held = callback._constraint.anchors.state_dict()
+    pretrained = toy(5).state_dict()
+    assert held["anchor"].keys() | held["waiting"].keys() >= {"backbone.0.weight", "head.weight"}
+    for place in held.values():
+        assert_same(place, {name: pretrained[name] for name in place})
+
+
+def resident() -> int:
+    """Bytes of this process that are not mapped from files."""
+    found = re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted by Linux")
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_reading_and_comparing_a_file_takes_no_memory(kind: str, tmp_path: Path) -> None:
+    model = nn.Linear(4000, 4000)  # 64 MB: memory of its own, which nothing that was freed can give
+    file = tmp_path / f"pretrained.{kind}"
+    if kind == "torch":
+        torch.save(model.state_dict(), file)
+    else:
+        pytest.importorskip("safetensors.torch").save_file(model.state_dict(), file)
+    before = resident()
+    tensors = read_pretrained(file)
+    fingerprint(tensors, {name: name for name in tensors})
+    assert resident() - before < 6_000_000
 
 
 @pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)

@@ -12,7 +12,6 @@ _RUNTIME = {"log", "log_dict"} | {
     "_logs",
     "_constraint",
     "_loaded",
-    "_given",
     "_fitted",
     "_announced",
     "_saw_batch",

@@ -96,7 +96,6 @@ class MethodCallback(Asked, PlainCopies, Callback):
         self._constraint = Constraint(*arguments, rank_zero_warn, rank_zero_info)
         self._constraint.steps = Steps(self._before_step, self._settle, self._after_step)
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the fit starts
-        self._given: dict[str, Tensor] | None = None  # all that `pretrained` holds, until the fit starts
         self._fitted: Callable[[], pl.LightningModule | None] = lambda: None  # a weak reference: the last fit's module
         self._announced: Optimizer | None = None  # whose gradients Lightning said were there
         self._saw_batch = False  # in this epoch
@@ -119,7 +118,7 @@ class MethodCallback(Asked, PlainCopies, Callback):
         check_strategy(trainer, type(self).__name__)
         if self.pretrained is not None:
             with configuration_errors():
-                self._given = read_pretrained(self.pretrained)
+                read_pretrained(self.pretrained)  # again when the fit starts: a file may change until then
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -244,7 +243,7 @@ class MethodCallback(Asked, PlainCopies, Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        self._given = self._announced = None
+        self._announced = None
         for name in ("log", "log_dict"):  # the module's, which Lightning has given its callbacks
             vars(self).pop(name, None)
         self._constraint.steps.stop()
@@ -275,10 +274,11 @@ class MethodCallback(Asked, PlainCopies, Callback):
         """Find the constrained parameters of this fit, their anchors, and what was learned before."""
         reshard(pl_module)
         self._constraint.steps.stop()
-        state, given, same = self._loaded, self._given, self._fitted() is pl_module
+        state, same = self._loaded, self._fitted() is pl_module
         known = self._constraint.anchors.origin != "none"
         fresh = trainer.fit_loop.total_batch_idx < 0
         with configuration_errors():
+            given = None if self.pretrained is None else read_pretrained(self.pretrained)
             candidates = constrainable(pl_module, self.exclude, buffers=self._constraint.method.constrains_buffers)
             if state is not None:
                 self._constraint.restore(pl_module, candidates, state, given, path_of(self.pretrained))
@@ -291,7 +291,7 @@ class MethodCallback(Asked, PlainCopies, Callback):
                     warn_of_random_anchors(pl_module, type(self).__name__)
                 self._start_anew()
                 self._constraint.begin(pl_module, candidates, given, path_of(self.pretrained))
-        self._loaded = self._given = None
+        self._loaded = None
         self._constraint.record_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._constraint.reporter.run = steps_of(trainer)
         self._fitted = weakref.ref(pl_module)

@@ -229,17 +229,11 @@ def _without_training(trainer: pl.Trainer, model: pl.LightningModule, callback: 
         attributes.update(kept)
 
 
-def _write(finetuned: Path, output: Path, projected: dict[str, Tensor]) -> None:
-    content = read_file(finetuned)
-    state = state_dict_in(content)
-    with torch.no_grad():
-        for name, value in state.items():
-            if clean_name(name) in projected:
-                value.copy_(projected[clean_name(name)])
+def _write(finetuned: Path, output: Path, projected: Mapping[str, Tensor]) -> None:
     # beside it, and renamed when it is whole: an interruption leaves what was there
     part = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        _save(content, state, finetuned, part, output.suffix == ".safetensors")
+        _save(finetuned, part, projected)
         if output.exists():
             shutil.copymode(output, part)
         part.replace(output)
@@ -247,8 +241,14 @@ def _write(finetuned: Path, output: Path, projected: dict[str, Tensor]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _save(content: Any, state: Mapping[str, Any], finetuned: Path, path: Path, safetensors: bool) -> None:
-    if safetensors:
+def _save(finetuned: Path, path: Path, projected: Mapping[str, Tensor]) -> None:
+    content = read_file(finetuned)
+    state = state_dict_in(content)
+    with torch.no_grad():
+        for name, value in state.items():
+            if clean_name(name) in projected:
+                value.copy_(projected[clean_name(name)])
+    if finetuned.suffix == ".safetensors":
         from safetensors import safe_open
         from safetensors.torch import save_file
 
