@@ -30,9 +30,9 @@ def drawn(values: Tensor, shape: torch.Size) -> str | None:
     """How a weight was drawn, if torch drew it on a CPU in single precision and nothing has changed it since.
 
     What torch draws lies on a grid. A uniform number is one of 2^24 in its interval. Normal numbers come in pairs, as
-    radius times cosine and sine of an angle (Box and Muller), and the angle is one of 2^24 in the circle. In a block of
-    16 entries the first has its partner in the ninth, and so on. Rounding blurs the grid for large numbers and angles,
-    so only small ones are looked at. Should torch draw otherwise one day, nothing is found any more.
+    radius times cosine and sine of an angle (Box and Muller). The angle is one of 2^24 in the circle. In a block of 16
+    entries the first has its partner in the ninth, and so on. Rounding blurs the grid for large numbers and angles, so
+    only small ones are looked at. Should torch draw otherwise one day, nothing is found any more.
 
     Args:
         values: The weight, or the part of it that is here.
