@@ -28,6 +28,7 @@ from lightning_tpgm import (
     WiSEFTCallback,
     constrain,
 )
+from lightning_tpgm.drawn import drawn
 from lightning_tpgm.freshness import _judged, fresh_layers
 from lightning_tpgm.methods import FTP
 from lightning_tpgm.selection import constrainable
@@ -216,14 +217,14 @@ BY_DISTRIBUTION = list(HEADS)[:9]
 DRAWN_ONLY = list(HEADS)[9:]
 
 
-@pytest.mark.parametrize("drawn", ["on a CPU", "elsewhere", "in half precision"])
+@pytest.mark.parametrize("where", ["on a CPU", "elsewhere", "in half precision"])
 @pytest.mark.parametrize("classes", [2, 10, 100, 1000])
 @pytest.mark.parametrize("kind", BY_DISTRIBUTION)
-def test_a_fresh_head(kind: str, classes: int, drawn: str) -> None:
+def test_a_fresh_head(kind: str, classes: int, where: str) -> None:
     torch.manual_seed(1)
     make = partial(HEADS[kind], classes)
-    head = elsewhere(make) if drawn == "elsewhere" else make()
-    module = Digits(head, torch.bfloat16 if drawn == "in half precision" else torch.float32)
+    head = elsewhere(make) if where == "elsewhere" else make()
+    module = Digits(head, torch.bfloat16 if where == "in half precision" else torch.float32)
     assert said(module) == ("head.*",)
     assert said(module, exclude=("head.*",)) is None
 
@@ -252,6 +253,14 @@ def test_fresh_heads_of_all_sorts(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(1)
     module = Digits(make())
     assert said(module) == ("head.*",)
+
+
+def test_entries_that_torch_draws_twice() -> None:
+    """The last 16, unless the number of entries is a multiple of 16."""
+    for seed in range(30):
+        torch.manual_seed(seed)
+        weight = torch.empty(97, 77).normal_()
+        assert (drawn(weight, weight.shape) or "").startswith("normal"), seed
 
 
 @pytest.mark.parametrize("kind", ["Embedding", "normal 0.02, no bias"])
