@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_tpgm.drawn import drawn, uniform_bounds
 from lightning_tpgm.initialisation import LINEAR, NORMS, untouched, values_of
 
 _ENOUGH = 256  # entries from which a layer is judged
@@ -19,6 +20,12 @@ _FEW = 4  # patterns that a message may have: fresh layers all over a module are
 _LIMIT = 4.0  # standard deviations
 _ZEROS = "all zeros"
 _UNKNOWN = "nobody can tell"
+_WEIGHTS = (  # by which a layer is judged, and the bias beside it
+    ((*LINEAR, nn.Embedding), "weight", "bias"),
+    ((nn.MultiheadAttention,), "in_proj_weight", "in_proj_bias"),
+    ((nn.MultiheadAttention,), "q_proj_weight", "in_proj_bias"),  # where keys or values have another width
+    ((nn.RNNBase,), "weight_hh_l0", "bias_hh_l0"),
+)
 _ADAPTER = re.compile(r"lora_|adapter", re.IGNORECASE)
 
 
@@ -57,7 +64,7 @@ class _Layer(NamedTuple):
     name: str | None  # of its weight. None: it is not constrained
     own: frozenset[int]  # its parameters
     how: str | None  # it was initialised. None: it looks trained
-    small: bool  # too few entries to be a reason for an alarm, or against one
+    small: bool  # too few entries to be a reason for an alarm, or against one; not if it is fresh to the last bit
 
     @property
     def parent(self) -> str:
@@ -67,10 +74,10 @@ class _Layer(NamedTuple):
 def fresh_layers(module: nn.Module, constrained: Mapping[str, Tensor]) -> FreshLayers | None:
     """The constrained layers that look freshly initialised, if they are few and most others look trained.
 
-    Linear, convolution and embedding layers of 256 entries and more are judged. Smaller ones cannot be told, nor can
-    normal distributions without a bias of zero beside them. Adapters start at random, and at zero, by design: layers
-    that are named so, and those beside a layer of zeros, are no evidence. Each process looks at its own part: nothing
-    here is collective.
+    Linear, convolution, embedding, recurrent and attention layers are judged. One sign is enough: every bit is as torch
+    draws it. Otherwise the distribution is judged, of 256 entries and more. A normal one cannot be told without a bias
+    of zero beside it. Adapters start at random, and at zero, by design: layers that are named so, and those beside a
+    layer of zeros, are no evidence. Each process looks at its own part: nothing here is collective.
 
     Args:
         module: The module.
@@ -79,7 +86,7 @@ def fresh_layers(module: nn.Module, constrained: Mapping[str, Tensor]) -> FreshL
     with torch.no_grad():
         found = list(_judged(module, {id(parameter): name for name, parameter in constrained.items()}))
         layers = [layer for layer in found if not layer.small]
-        at_zero = {layer.parent for layer in layers if layer.how == _ZEROS}
+        at_zero = {layer.parent for layer in found if layer.how == _ZEROS}
         at_random = {layer.parent for layer in layers if layer.how not in (None, _ZEROS)}
         fresh = [layer for layer in layers if layer.name and layer.how and layer.parent not in at_zero & at_random]
         trained = sum(layer.how is None for layer in layers)
@@ -95,17 +102,20 @@ def fresh_layers(module: nn.Module, constrained: Mapping[str, Tensor]) -> FreshL
 def _judged(module: nn.Module, names: Mapping[int, str]) -> Iterator[_Layer]:
     seen = set()
     for path, part in module.named_modules():
-        weight = part._parameters.get("weight")
-        if not isinstance(part, (*LINEAR, nn.Embedding)) or weight is None or nn.parameter.is_lazy(weight):
-            continue
-        values = values_of(part, "weight")
-        if values is None or values.ndim < 2 or id(weight) in seen:
-            continue
-        seen.add(id(weight))  # tied ones count once
-        how = _initialised(part, values, weight.shape)
-        if how != _UNKNOWN and not _ADAPTER.search(path):
-            own = frozenset(id(parameter) for parameter in part.parameters(recurse=False))
-            yield _Layer(path, names.get(id(weight)), own, how, small=values.numel() < _ENOUGH)
+        for kinds, weight, bias in _WEIGHTS:
+            whole = part._parameters.get(weight)
+            if not isinstance(part, kinds) or whole is None or nn.parameter.is_lazy(whole):
+                continue
+            values = values_of(part, weight)
+            if values is None or values.ndim < 2 or id(whole) in seen or _ADAPTER.search(path):
+                continue
+            seen.add(id(whole))  # tied ones count once
+            drawn_as = drawn(values, whole.shape) if values.any() else None
+            how = drawn_as or _initialised(values, whole.shape, values_of(part, bias), isinstance(part, nn.Embedding))
+            if how != _UNKNOWN:
+                own = frozenset(id(parameter) for parameter in part.parameters(recurse=False))
+                small = values.numel() < _ENOUGH and drawn_as is None
+                yield _Layer(path, names.get(id(whole)), own, how, small)
 
 
 def _patterns(
@@ -123,8 +133,8 @@ def _patterns(
     for layer in fresh:
         names = [known[identity] for identity in layer.own if identity in known]
         prefix = layer.name.rpartition(".")[0] if layer.name else ""
-        if not prefix or any(not name.startswith(f"{prefix}.") for name in names):
-            patterns.update(dict.fromkeys(sorted(names)))  # its parameters are the module's own, or have other names
+        if not prefix or any(name.startswith(f"{prefix}.") == (name not in names) for name in (*names, *others)):
+            patterns.update(dict.fromkeys(sorted(names)))  # no prefix matches them all and nothing else
             continue
         while (above := prefix.rpartition(".")[0]) and not any(name.startswith(f"{above}.") for name in others):
             prefix = above
@@ -132,39 +142,33 @@ def _patterns(
     return tuple(patterns)
 
 
-def _initialised(part: nn.Module, values: Tensor, shape: torch.Size) -> str | None:
+def _initialised(values: Tensor, shape: torch.Size, bias: Tensor | None, padded: bool) -> str | None:
     """How a layer was initialised; None if it looks trained, `_UNKNOWN` if that cannot be told.
 
     Scale, distribution, independence of rows and columns, and bias must all be what an initialisation leaves. Of these
     two are sharp, and needed: a uniform distribution fills its interval to the ends, and a bias is zero to the bit. A
     normal distribution without such a bias is no evidence. It still passes all tests when training has moved it by a
-    quarter of its norm.
+    quarter of its norm; `drawn` tells it then.
 
     Args:
-        part: The layer.
-        values: This process's part of its weight.
+        values: This process's part of a layer's weight.
         shape: That of the whole weight.
+        bias: The layer's bias, if it has any.
+        padded: Whether a row may be zero by design.
     """
     values = values.flatten(1)
-    bias = values_of(part, "bias")
     at_zero = bias is not None and not bool(bias.any())
     z = _sample(values)
     if not bool(z.any()):
         return _ZEROS if (bias is None or at_zero) and not bool(values.any()) else None
-    if isinstance(part, nn.Embedding):
+    if padded:
         z = z[z.any(dim=1)]  # without the row of padding
     fan_in, fan_out = prod(shape[1:]), shape[0] * prod(shape[2:])
     default = 1 / sqrt(fan_in)  # of torch: uniform, of weight and bias
     if bias is not None and not _fills(bias, default, exactly=False):
         return None
     scale = float(z.square().mean().sqrt())
-    for bound, how in (
-        (default, "uniform in +-1/sqrt(fan_in)"),
-        (1 / sqrt(fan_out), "uniform in +-1/sqrt(fan_out)"),
-        (sqrt(6 / (fan_in + fan_out)), "Xavier uniform"),
-        (sqrt(6 / fan_in), "Kaiming uniform"),
-        (sqrt(6 / fan_out), "Kaiming uniform"),
-    ):
+    for bound, how in uniform_bounds(shape):
         if _near(scale, bound / sqrt(3), z.numel(), 1.8) and _fills(values, bound) and _like_uniform(z / bound):
             return how if bias is not None or values.numel() >= _MANY else _UNKNOWN
     if min(values.shape) > 1 and _orthogonal(values):

@@ -34,6 +34,7 @@ FLOORS = (
         "selection",
         "pretrained",
         "initialisation",
+        "drawn",
         "freshness",
         "gradients",
         "optimizers",
