@@ -41,8 +41,8 @@ class Shared(TypedDict, total=False):
         summary: Whether the fit ends with a printed table of what was wanted and what was allowed, and a verdict. It
             needs rich.
         anchor_device: ``"cpu"``: the anchors are kept in the host's memory, pinned, and come to the GPU block by block
-            when they are needed. None: on the parameters' device. What acts at the end of the fit brings them
-            there then, and has them in the host's memory before.
+            when they are needed. None: on the parameters' device. What acts at the end of the fit brings them there
+            then, and has them in the host's memory before.
         save_anchor: Whether checkpoints hold the anchors. False: they hold the path of the ``pretrained`` file and a
             fingerprint of its tensors. To resume reads the file and compares. If it has moved, pass its new place.
             What acts at the end of the fit reads the file again then. It holds no anchors in memory before, and so
