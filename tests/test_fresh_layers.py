@@ -395,20 +395,21 @@ def test_a_compiled_module_has_the_names_of_before() -> None:
 
 
 class Adapted(nn.Module):
-    def __init__(self, base: nn.Module, first: str, second: str, width: int = WIDTH) -> None:
+    def __init__(self, base: nn.Module, first: str, second: str, rank: int, width: int = WIDTH) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.add_module(first, nn.Linear(width, 8))
-        self.add_module(second, nn.Linear(8, width))
+        self.add_module(first, nn.Linear(width, rank))
+        self.add_module(second, nn.Linear(rank, width))
         init.zeros_(getattr(self, second).weight)
         init.zeros_(getattr(self, second).bias)
 
 
+@pytest.mark.parametrize("rank", [1, 8])
 @pytest.mark.parametrize("names", [("lora_A", "lora_B"), ("down", "up")])
-def test_adapters_start_at_random_by_design(names: tuple[str, str]) -> None:
+def test_adapters_start_at_random_by_design(names: tuple[str, str], rank: int) -> None:
     torch.manual_seed(0)
     module = Digits()
-    module.head = Adapted(module.head, *names)
+    module.head = Adapted(module.head, *names, rank)
     assert said(module) is None
 
 
