@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_tpgm import constrain
-from lightning_tpgm.methods import FTP
+from lightning_tpgm.methods import FTP, SPD, TPGM, DiGraP, Method
 from lightning_tpgm.norms import Norm
 
 pytest.importorskip("matplotlib", reason="the report draws a figure")
@@ -53,18 +55,60 @@ def test_committed_ratios_are_within_their_bounds(report: ModuleType) -> None:
     assert "ResNet-50, batch 1: FTP, mars / naive FTP = 0.80" in found
 
 
-@pytest.mark.parametrize("norm", ["mars", "l2"])
-def test_the_transcription_of_ftp_is_ftp(norm: Norm) -> None:
+PEERS: dict[str, tuple[Callable[[], Method], Callable[[ModuleType, torch.optim.Optimizer], Any]]] = {
+    "FTP, mars": (lambda: FTP(radius_lr=1e-2), lambda naive, optimizer: naive.NaiveFTP(optimizer, "mars")),
+    "FTP, l2": (lambda: FTP(radius_lr=1e-2, norm="l2"), lambda naive, optimizer: naive.NaiveFTP(optimizer, "l2")),
+    "SPD": (SPD, lambda naive, optimizer: naive.NaiveSPD(optimizer)),
+    "DiGraP": (lambda: DiGraP(omega_lr=1e-2), lambda naive, optimizer: naive.NaiveDiGraP(optimizer)),
+}
+
+
+def networks(count: int) -> list[nn.Module]:
+    """As many that are the same."""
     torch.manual_seed(0)
-    ours = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
-    naive = deepcopy(ours)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in (ours, naive)]
-    constrain(ours, FTP(radius_lr=1e-2, norm=norm), optimizers[0])
-    steps = [optimizers[0].step, load("naive").NaiveFTP(optimizers[1], norm).step]
-    for _ in range(6):
-        batch = torch.randn(4, 8)
-        for model, step in zip((ours, naive), steps, strict=True):
+    network = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    return [deepcopy(network) for _ in range(count)]
+
+
+def differ(ours: nn.Module, theirs: nn.Module) -> bool:
+    """By more than rounding."""
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    return any((a - b).abs().max() > 1e-3 for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_transcription_is_the_method(name: str) -> None:
+    start, free, ours, theirs = networks(4)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in (free, ours, theirs)]
+    method, peer = PEERS[name]
+    constrain(ours, method(), optimizers[1])
+    steps = [optimizers[0].step, optimizers[1].step, peer(load("naive"), optimizers[2]).step]
+    for _ in range(8):
+        inputs, classes = torch.randn(4, 8), torch.randint(3, (4,))
+        for model, step in zip((free, ours, theirs), steps, strict=True):
             model.zero_grad()
-            model(batch).square().mean().backward()
+            nn.functional.cross_entropy(model(inputs), classes).backward()
             step()
-    torch.testing.assert_close(ours.state_dict(), naive.state_dict(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-4, atol=1e-6)
+    assert differ(ours, start)
+    assert differ(ours, free)
+
+
+@pytest.mark.parametrize("norm", ["mars", "l2"])
+def test_the_transcription_of_tpgm_is_tpgm(norm: Norm) -> None:
+    ours, theirs = networks(2)
+    held_out = [torch.randn(16, 8), torch.randint(3, (16,))]
+    loss = nn.functional.cross_entropy
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in (ours, theirs)]
+    method = TPGM(radius_lr=1e-2, norm=norm, every_n_steps=1)
+    constrain(ours, method, optimizers[0], held_out_loss=lambda: loss(ours(held_out[0]), held_out[1]))
+    wrapped = SimpleNamespace(model=theirs)
+    naive = load("naive").NaiveTPGM(wrapped, norm)
+    for _ in range(8):
+        inputs, classes = torch.randn(4, 8), torch.randint(3, (4,))
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            model.zero_grad()
+            loss(model(inputs), classes).backward()
+            optimizer.step()
+        naive(wrapped, held_out)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-4, atol=1e-6)
