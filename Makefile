@@ -32,6 +32,7 @@ benchmark-quick: $(VENV)/.installed-benchmark  ## the same at its smallest, in m
 
 bench: $(VENV)/.installed-demo  ## what each method costs, against the floor: above an hour; goes on where it stopped
 	$(VENV)/bin/python examples/overhead/overhead.py
+	$(VENV)/bin/python examples/overhead/own.py
 	$(VENV)/bin/python examples/overhead/large.py
 	$(VENV)/bin/python examples/overhead/report.py
 

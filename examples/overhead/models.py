@@ -1,11 +1,19 @@
-"""Models of the sizes that are fine-tuned in practice, without their weights, and two that are many or few tensors."""
+"""Models of the sizes that are fine-tuned in practice, without their weights, and two that are many or few tensors.
+
+The network of examples/digits is the smallest.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parents[1] / "digits"))
+from model import DigitClassifier
 
 CLASSES = 10
 
@@ -84,6 +92,12 @@ class Tiny(nn.Module):
         return self.head(x.mean(dim=(1, 2, 3)).unsqueeze(1) * total)
 
 
+def digits_cnn() -> nn.Module:
+    """The network of examples/digits: 0.19 million parameters in 14 tensors."""
+    classifier = DigitClassifier()
+    return nn.Sequential(classifier.features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier.head)
+
+
 def images(batch: int) -> Tensor:
     """ImageNet's size."""
     return torch.randn(batch, 3, 224, 224)
@@ -100,6 +114,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "MiniLM-L6": (lambda: Transformer(nn.Embedding(30522, 384), 384, 6, 12), tokens),
     "2,000 tiny tensors": (lambda: Tiny(2000, 2**21), lambda batch: torch.randn(batch, 3, 8, 8)),
     "20 tensors": (lambda: Tiny(20, 2**21), lambda batch: torch.randn(batch, 3, 8, 8)),
+    "digits CNN": (digits_cnn, lambda batch: torch.rand(batch, 1, 28, 28)),
 }
 
 

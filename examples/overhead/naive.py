@@ -1,4 +1,4 @@
-"""The peers: the algorithms of the papers on TPGM and FTP, written down as they read."""
+"""The peers: the algorithms of the papers on TPGM, FTP, SPD and DiGraP, written down as they read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def row_norms(d: Tensor, norm: Norm) -> Tensor:
     return torch.linalg.vector_norm(d, ord=1 if norm == "mars" else 2, dim=dims, keepdim=True)
 
 
-class Naive:
+class NaiveTPGM:
     """A copy of the model at each update, tensor after tensor, and autograd through the projections.
 
     Args:
@@ -59,30 +59,58 @@ class Naive:
                 parameter.copy_(value)
 
 
-class NaiveFTP:
-    """A step of FTP around any optimizer, tensor after tensor.
+class Peer:
+    """A method around any optimizer, tensor after tensor.
 
     Args:
-        optimizer: Its present weights are the anchor.
-        norm: ``"mars"`` or ``"l2"``.
+        optimizer: Its present weights are the anchor. All groups have the learning rate of the first.
     """
 
     LR, BETA1, BETA2, ADAM_EPS = 1e-2, 0.9, 0.999, 1e-8
 
-    def __init__(self, optimizer: Optimizer, norm: Norm) -> None:
-        self.optimizer, self.norm, self.steps = optimizer, norm, 0
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.steps = optimizer, 0
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.anchors = [p.detach().clone() for p in self.parameters]
-        self.radii, self.m, self.v = ([p.new_zeros(()) for p in self.parameters] for _ in range(3))
-        self.directions = [torch.zeros_like(anchor) for anchor in self.anchors]  # c / n of the step before
+        self.m, self.v = ([p.new_zeros(()) for p in self.parameters] for _ in range(2))
 
     def step(self) -> None:
-        """The optimizer's step, and the projection."""
+        """The optimizer's step, and what the method does before and after it."""
+        self.before()
         self.optimizer.step()
-        self.project()
+        self.after()
+
+    def before(self) -> None:
+        """What comes before the optimizer's step."""
+
+    def after(self) -> None:
+        """What comes after it."""
+
+    def adam(self, i: int, slope: Tensor, step: int) -> Tensor:
+        """What Adam takes off the scalar of a tensor."""
+        self.m[i] = self.BETA1 * self.m[i] + (1 - self.BETA1) * slope
+        self.v[i] = self.BETA2 * self.v[i] + (1 - self.BETA2) * slope**2
+        m = self.m[i] / (1 - self.BETA1**step)
+        v = self.v[i] / (1 - self.BETA2**step)
+        return self.LR * m / (v.sqrt() + self.ADAM_EPS)
+
+
+class NaiveFTP(Peer):
+    """FTP.
+
+    Args:
+        optimizer: See `Peer`.
+        norm: ``"mars"`` or ``"l2"``.
+    """
+
+    def __init__(self, optimizer: Optimizer, norm: Norm) -> None:
+        super().__init__(optimizer)
+        self.norm = norm
+        self.radii = [p.new_zeros(()) for p in self.parameters]
+        self.directions = [torch.zeros_like(anchor) for anchor in self.anchors]  # c / n of the step before
 
     @torch.no_grad()
-    def project(self) -> None:
+    def after(self) -> None:
         """The radii from the gradients of the step, and the projection."""
         self.steps += 1
         for i, parameter in enumerate(self.parameters):
@@ -94,11 +122,56 @@ class NaiveFTP:
                 self.radii[i] = torch.full_like(self.radii[i], MIN_RADIUS)
             else:
                 slope = (parameter.grad * self.directions[i]).sum()
-                self.m[i] = self.BETA1 * self.m[i] + (1 - self.BETA1) * slope
-                self.v[i] = self.BETA2 * self.v[i] + (1 - self.BETA2) * slope**2
-                m = self.m[i] / (1 - self.BETA1**self.steps)
-                v = self.v[i] / (1 - self.BETA2**self.steps)
-                self.radii[i] = self.radii[i] - self.LR * m / (v.sqrt() + self.ADAM_EPS)
+                self.radii[i] = self.radii[i] - self.adam(i, slope, self.steps)
             self.radii[i] = legal_radius(self.radii[i], n.max())
             parameter.copy_(self.anchors[i] + (self.radii[i] / n).clamp(0, 1) * c)
             self.directions[i] = c / n
+
+
+class NaiveSPD(Peer):
+    """SPD with a strength of 1."""
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """The weights before the step."""
+        self.previous = [parameter.clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def after(self) -> None:
+        """The decay, where the gradient points towards the anchor."""
+        for parameter, previous, anchor in zip(self.parameters, self.previous, self.anchors, strict=True):
+            if parameter.grad is None:
+                continue
+            d_previous = previous - anchor
+            if (parameter.grad * d_previous).sum() > 0:
+                d = parameter - anchor
+                rho = ((d.norm() - d_previous.norm()) / d.norm()).clamp(0, 1)
+                parameter.copy_(parameter - rho * d)
+
+
+class NaiveDiGraP(Peer):
+    """DiGraP."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer)
+        self.omegas = [p.new_zeros(()) for p in self.parameters]
+        self.projections = [torch.zeros_like(anchor) for anchor in self.anchors]  # g_proj of the step before
+        self.lr = 0.0  # of the step before
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """The shares from the gradients, and what they take out of these."""
+        self.steps += 1
+        for i, parameter in enumerate(self.parameters):
+            g, projection = parameter.grad, self.projections[i]
+            if g is None:
+                continue
+            if self.steps > 1:
+                norms = g.norm() * projection.norm()
+                slope = self.lr * (g * projection).sum() / norms if norms > 0 else norms
+                self.omegas[i] = (self.omegas[i] - self.adam(i, slope, self.steps - 1)).clamp(0, 1)
+            d = parameter - self.anchors[i]
+            inner = (g * d).sum()
+            self.projections[i] = inner / d.square().sum() * d if inner < 0 else torch.zeros_like(d)
+            parameter.grad = g - self.omegas[i] * self.projections[i]
+        self.lr = self.optimizer.param_groups[0]["lr"]

@@ -34,7 +34,7 @@ from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.constraint import Constraint
 from lightning_tpgm.methods import TPGM, Step
 from models import CLASSES, MODELS, Tiny, growing
-from naive import Naive, NaiveFTP
+from naive import NaiveFTP, NaiveTPGM
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 8, 32)
@@ -108,7 +108,7 @@ class Clock(pl.Callback):
             callback.on_train_start(trainer, pl_module)
             constraints[name] = callback._constraint  # its steps are taken by hand, not by the optimizer
             constraints[name].steps.stop()
-        naive, naive_ftp = (Naive(pl_module, "mars"), NaiveFTP(optimizer, "mars")) if self.peer else (None, None)
+        naive, naive_ftp = (NaiveTPGM(pl_module, "mars"), NaiveFTP(optimizer, "mars")) if self.peer else (None, None)
         weights, copy = ([p.detach().clone() for p in parameters] for _ in range(2))
 
         def plain() -> None:
@@ -149,7 +149,7 @@ class Clock(pl.Callback):
                         times[f"{name}: projection"] = [seconds(projection, constraint)]
                 if name == "FTP, mars" and naive_ftp is not None:
                     optimizer.step()
-                    times["naive FTP"] = [seconds(naive_ftp.project)]
+                    times["naive FTP"] = [seconds(naive_ftp.after)]
             if naive is not None:
                 optimizer.step()
                 times["naive"] = [seconds(naive, pl_module, batch)]

@@ -6,7 +6,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -18,11 +18,26 @@ from lightning_tpgm.observing.plotting import BLUE, ORANGE, axes_for, name_lines
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "docs" / "cost.md"
 MAIN = ("ResNet-50", "ViT-B/16", "MiniLM-L6")
+DIGITS = ("digits CNN", 32)  # as examples/digits trains it
 WITHOUT_EVALUATION = ("FTP, mars", "FTP, l2", "DiGraP", "SPD", "L2-SP")
 PURPLE, SKY = "#CC79A7", "#56B4E9"  # of the same palette
+FASTER = 0.71
+"""At least 1.4 times as fast as a transcription."""
 COPIES = 5.5
 """The floor of TPGM's own passes over the constrained weights, in copies (one read and one write) of them. They read W
 and W0 and write D. Before and after the evaluation they read D and W0 and write W. At last they read G and D."""
+PASSES = {
+    "TPGM, mars": 2 * COPIES,
+    "TPGM, l2": 2 * COPIES,
+    "TPGM, no update": 5,
+    "FTP": 8,
+    "SPD": 9,
+    "DiGraP": 8,
+    "L2-SP": 4,
+}
+"""Reads and writes of the constrained weights in a step, as docs/cost.md counts them; two take the time of a copy. Of
+TPGM's update they are those of the floor. It makes one more, since it keeps W instead of D."""
+PEERS = ("FTP", "SPD", "DiGraP")  # that have a transcription in own.csv
 
 Times = dict[tuple[str, int], dict[str, float]]
 
@@ -30,12 +45,14 @@ Times = dict[tuple[str, int], dict[str, float]]
 def read(path: Path) -> Times:
     """Median seconds by model and batch size, and by what was timed; also the numbers of parameters and tensors."""
     found: Times = {}
+    if not path.exists():  # nothing has been measured yet
+        return found
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             times = found.setdefault((row["model"], int(row["batch"])), {})
             times |= {row["what"]: float(row["seconds"])}
             times |= {name: int(row[name]) for name in ("parameters", "tensors")}
-    return found
+    return dict(sorted(found.items(), key=lambda item: item[0][1]))  # by batch size; models as they come
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -45,14 +62,19 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def tpgm_seconds(t: Mapping[str, float]) -> float:
+    """TPGM in a step as it comes: an update in one of so many."""
+    return (t["TPGM, mars"] + (CADENCE - 1) * t["TPGM, mars: projection"]) / CADENCE
+
+
 def step_table(times: Times) -> str:
     """A step with each method as it comes, over a plain step."""
     methods = {"FTP, mars": "FTP", "DiGraP": "DiGraP", "SPD": "SPD", "L2-SP": "L2-SP"}
     head = ["", "batch", "plain step, s", "plain + TPGM", "half the held-out batch"]
     rows = []
     for (model, batch), t in times.items():
-        tpgm = t["TPGM, mars"] + (CADENCE - 1) * t["TPGM, mars: projection"]
-        own = [tpgm / CADENCE, (tpgm - t["evaluation"] / 2) / CADENCE, *(t[name] for name in methods)]
+        tpgm = tpgm_seconds(t)
+        own = [tpgm, tpgm - t["evaluation"] / 2 / CADENCE, *(t[name] for name in methods)]
         shares = [f"{1 + seconds / t['plain step']:.2f}" for seconds in own]
         rows.append([model, str(batch), f"{t['plain step']:.3g}", *shares])
     return table([*head, *(f"plain + {name}" for name in methods.values())], rows)
@@ -72,7 +94,7 @@ def floor_table(times: Times) -> str:
     return table([*head, "plain + FTP, l2"], rows)
 
 
-def too_slow(times: Times) -> list[str]:
+def too_slow(times: Times, own: Times) -> list[str]:
     """The ratios that are above what they should be: what a change made slower. Read them with the machine's noise."""
     found = []
     for (model, batch), t in times.items():
@@ -92,16 +114,40 @@ def too_slow(times: Times) -> list[str]:
                 for name in WITHOUT_EVALUATION
                 if name != "DiGraP"
             }
-        if model in MAIN and batch < 32:  # three rounds, each with evaluations of many seconds, cannot tell
+        if (model, batch) == DIGITS:
+            ratios["plain + TPGM"] = (1 + tpgm_seconds(t) / t["plain step"], 1.5)
+        if batch < 32 or model not in (*MAIN, DIGITS[0]):  # the evaluation is nearly all of it, and hides the rest
             ratios["TPGM, mars / naive"] = (t["TPGM, mars"] / t["naive"], 1.0)
-        bound = 0.71 if model in MAIN[:2] and batch < 32 else 1.0
-        ratios["FTP, mars / naive FTP"] = (t["FTP, mars"] / t["naive FTP"], bound)
-        found += [
-            f"{model}, batch {batch}: {name} = {value:.2f}, expected at most {bound}"
-            for name, (value, bound) in ratios.items()
-            if value > bound
-        ]
+        if model != DIGITS[0]:
+            bound = FASTER if model in MAIN[:2] and batch < 32 else 1.0
+            ratios["FTP, mars / naive FTP"] = (t["FTP, mars"] / t["naive FTP"], bound)
+        found += above(f"{model}, batch {batch}", ratios)
+    for (model, _), t in own.items():  # of SPD and DiGraP none is met everywhere
+        if model != DIGITS[0]:
+            bound = FASTER if model in MAIN[:2] else 1.0
+            found += above(f"{model}, own work", {"FTP / naive FTP": (t["FTP"] / t["naive FTP"], bound)})
     return found
+
+
+def above(where: str, ratios: Mapping[str, tuple[float, float]]) -> Iterator[str]:
+    """The ratios that are above their bounds, in words."""
+    for name, (value, bound) in ratios.items():
+        if value > bound:
+            yield f"{where}: {name} = {value:.2f}, expected at most {bound}"
+
+
+def own_tables(own: Times) -> Iterator[str]:
+    """A method's own work over the time of its passes, and what the transcriptions take over the methods."""
+    if not own:
+        return
+    head = [f"{name} ({passes:g})" for name, passes in PASSES.items()]
+    rows = [
+        [model, *(f"{t[name] / (passes / 2 * t['copy']):.2f}" for name, passes in PASSES.items())]
+        for (model, _), t in own.items()
+    ]
+    yield table(["own work / passes", *head], rows)
+    rows = [[model, *(f"{t[f'naive {name}'] / t[name]:.2f}" for name in PEERS)] for (model, _), t in own.items()]
+    yield table(["naive / own work", *PEERS], rows)
 
 
 def projection_table(times: Times) -> str:
@@ -213,7 +259,8 @@ def tables(results: Path) -> str:
     """All tables of a folder of results."""
     times = read(results / "times.csv")
     growth, memory = growth_table(read(results / "growth.csv")), memory_table(results / "memory.csv", times)
-    found = [step_table(times), floor_table(times), projection_table(times), growth, memory]
+    own = own_tables(read(results / "own.csv"))
+    found = [step_table(times), floor_table(times), *own, projection_table(times), growth, memory]
     return "\n\n".join([*found, large_tables(read_large(results / "large.csv"))])
 
 
@@ -244,7 +291,7 @@ def main() -> None:
     results: Path = arguments.results
     times, growth = read(results / "times.csv"), read(results / "growth.csv")
     if arguments.check:
-        sys.exit("\n".join(too_slow(times)) or 0)
+        sys.exit("\n".join(too_slow(times, read(results / "own.csv"))) or 0)
     figure(growth, results / "growth.png")
     large_figure(read_large(results / "large.csv"), results / "large.png")
     print(json.loads((results / "machine.json").read_text()), tables(results), sep="\n\n")
