@@ -206,17 +206,23 @@ class Bar(pl.Callback):
 def test_progress_bar_has_one_short_entry(tmp_path: Path) -> None:
     """At every step, however seldom the loggers are written to."""
     callback, bar = TPGMCallback(), Bar("tpgm")
-    trainer = quiet_trainer(callback, bar, logger=CSVLogger(tmp_path), log_every_n_steps=50)
-    trainer.fit(toy(), train_loader(), val_loader())
+    options = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 50, "enable_progress_bar": True}
+    quiet_trainer(callback, bar, **options).fit(toy(), train_loader(), val_loader())
     assert [list(shown) for shown in bar.shown[1:]] == [["tpgm"]] * 5
     ratios = callback._constraint.reporter.history.matrices()["ratio"].mean(dim=1).tolist()
     assert [shown["tpgm"] for shown in bar.shown[1:]] == pytest.approx(ratios[:5], rel=1e-6)
     assert len({*ratios}) > 1
 
 
+def test_without_a_progress_bar_nothing_is_computed_for_it() -> None:
+    bar = Bar("tpgm")
+    quiet_trainer(TPGMCallback(), bar).fit(toy(), train_loader(), val_loader())
+    assert bar.shown == [{}] * 6
+
+
 def test_nothing_in_the_progress_bar_without_logs() -> None:
     bar = Bar("tpgm")
-    trainer = quiet_trainer(TPGMCallback(log="none"), bar)
+    trainer = quiet_trainer(TPGMCallback(log="none"), bar, enable_progress_bar=True)
     trainer.fit(toy(), train_loader(), val_loader())
     assert bar.shown == [{}] * 6
     assert not [name for name in trainer.callback_metrics if name.startswith("tpgm")]

@@ -68,6 +68,14 @@ def snapshot(generator: Any) -> Callable[[], object] | None:
     return None if kind is None else partial(kind.set_state, generator, kind.state(generator))
 
 
+def seed_torch(seed: int) -> None:
+    """`torch.manual_seed`, which writes down the stack for each kind of GPU that a machine does not have."""
+    if torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
 def generators_put_back(owners: Iterable[Any], seed: int | None = None) -> Iterator[None]:
     """The generators that hang on these objects are as before on exit; inside they are seeded, if that is asked for.

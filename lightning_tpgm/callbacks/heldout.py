@@ -18,7 +18,7 @@ from lightning_tpgm.callbacks.framework import (
     rank_zero_info,
     uses_distributed_sampler,
 )
-from lightning_tpgm.callbacks.generators import generators_put_back
+from lightning_tpgm.callbacks.generators import generators_put_back, seed_torch
 from lightning_tpgm.callbacks.loaders import (
     default_loaders,
     is_combined,
@@ -169,7 +169,7 @@ def held_out_batches(
 @contextmanager
 def _seeded(seed: int, loaders: list[Iterable[Any]]) -> Iterator[None]:
     """The global generators are seeded, and until exit also those that hang on loaders, samplers and data sets."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     with generators_put_back([part for loader in loaders for part in parts(loader)], seed):

@@ -165,7 +165,7 @@ class TPGMCallback(WithRadii, MethodCallback):
             return  # to read a value would make the host wait for the device
         self._logs.show(trainer, pl_module, self._scalars())
         tpgm.heldout_loss = None  # it is logged
-        if self._constraint.at_hand and tpgm.radii.names:
+        if trainer.progress_bar_callback is not None and self._constraint.at_hand and tpgm.radii.names:
             self._logs.in_bar(trainer, pl_module, tpgm.radii.quantities()["ratio"].mean())
         self._warn_of_skipped()
 
