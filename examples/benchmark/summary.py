@@ -19,14 +19,23 @@ import targets
 from leads import FROM_SWEEP, LEADS
 from lightning_tpgm.observing.plotting import name_lines
 from losses import COMPARED
-from methods import AFTER, CADENCES, FIXED_RATES, FTP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
+from methods import AFTER, CADENCES, EMA, FIXED_RATES, FTP, L2_SP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
 from results import FOLDER, Result, mean_and_error
 from suite_results import COSINE, USUAL, SuiteResults, differences, paired, present
 
 OVERVIEW = Path(__file__).parents[2] / "README.md"
 DETAILS = Path(__file__).parent / "README.md"
 # A palette that colour-blind readers can tell apart (Okabe and Ito, 2008).
-COLOURS = {PLAIN: "#000000", WISE_FT: "#E69F00", TPGM: "#0072B2", TPGM_SWEEP: "#009E73", FTP: "#CC79A7"}
+COLOURS = {
+    PLAIN: "#000000",
+    EMA: "#56B4E9",
+    L2_SP: "#D55E00",
+    AFTER: "#999999",
+    WISE_FT: "#E69F00",
+    FTP: "#CC79A7",
+    TPGM: "#0072B2",
+    TPGM_SWEEP: "#009E73",
+}
 
 
 def cell(pairs: Sequence[tuple[Result, Result]], domains: Sequence[str]) -> str:
@@ -167,11 +176,10 @@ def settings_table(
         for condition in conditions:
             for lr in suite.rates:
                 for heading, domains in suite.both:
-                    cells = []
-                    for method, settings in compared.values():
-                        usual = suite.of(method, condition, lr)
-                        cells.append(cell(paired(suite.of(method, condition, lr, settings), usual), domains))
-                    if any(cells[1:]):
+                    usual = {method: suite.of(method, condition, lr) for method, _ in compared.values()}
+                    runs = [(suite.of(method, condition, lr, own), usual[method]) for method, own in compared.values()]
+                    if any(own and others for (_, own), (others, _) in zip(compared.values(), runs, strict=True)):
+                        cells = [cell(paired(*run), domains) for run in runs]
                         rows.append([f"{suite.name}, {condition}, {lr:g}", heading, *cells])
     return markdown(["suite, condition, learning rate", "tested", *compared], rows)
 
@@ -216,11 +224,12 @@ def draw_rates(suites: Sequence[SuiteResults], path: Path) -> None:
 
 
 def draw_curves(axes: Axes, suite: SuiteResults, domains: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """One line a method, with standard errors. Returns the last point of each."""
+    """One line a method, with standard errors, where half of plain fine-tuning's seeds were run. Returns the ends."""
     ends = {}
     for method, colour in COLOURS.items():
-        runs = [(lr, suite.of(method, USUAL, lr)) for lr in suite.rates]
-        points = [(lr, *mean_and_error([result.mean(domains) for result in run])) for lr, run in runs if run]
+        runs = [(lr, suite.of(method, USUAL, lr), suite.of(PLAIN, USUAL, lr)) for lr in suite.rates]
+        enough = [(lr, run) for lr, run, plain in runs if run and 2 * len(run) >= len(plain)]
+        points = [(lr, *mean_and_error([result.mean(domains) for result in run])) for lr, run in enough]
         if points:
             rates, means, errors = zip(*points, strict=True)
             width = 2.4 if method in (TPGM, TPGM_SWEEP) else 1.4
