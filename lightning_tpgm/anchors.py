@@ -171,7 +171,7 @@ class Anchors:
             if buffers or isinstance(parameter, nn.Parameter):
                 local(self.joined[name]).copy_(local(parameter.detach()))
 
-    def follow(self, present: Mapping[str, Tensor]) -> bool:
+    def replace(self, present: Mapping[str, Tensor]) -> bool:
         """Constrain these in place of others of the same names; one of another shape has no anchor, and is left alone.
 
         Returns:

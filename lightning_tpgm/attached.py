@@ -146,7 +146,7 @@ class Attached(Shown):
         """Training, or a move to another device, may have put other tensors in their place: names are what stays."""
         if self._model is None or not self.method.constrains_buffers:
             return
-        if self.anchors.follow(buffers_of(self._model)):
+        if self.anchors.replace(buffers_of(self._model)):
             self._arrange()
 
     def fetch(self) -> None:

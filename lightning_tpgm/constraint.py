@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, suppress
 
 import torch
@@ -46,6 +46,7 @@ class Constraint(Attached):
         self.record_every = 1  # steps, where quantities have to be measured
         self._looks = False  # when the gradients of this step are there
         self._stepping: Constrained | None = None  # those that the step which is under way moves
+        self.is_settled = False  # which these are
 
     # ---- the steps of optimizers
 
@@ -71,14 +72,25 @@ class Constraint(Attached):
         self._looks = tensors is not None and self.reporter.leaving.is_due(step.index, tensors)
         if self.method.reads_gradients and getattr(step.optimizer, "found_inf", None) is not None:
             raise ValueError(needs_unscaled_gradients(self.title, step.optimizer))
-        self._stepping = None
+        self._stepping, self.is_settled = None, False
         self._begin(step)
 
     @torch.no_grad()
-    def settle(self, step: Step) -> None:
-        """Its gradients are there: nothing that it moves can be frozen or thawed any more."""
-        self.join(with_gradient(step.optimizer))
-        self._begin(step)
+    def settle(self, step: Step, join: Callable[[Collection[int]], object] | None = None) -> None:
+        """Its gradients are there for the first time: what it moves is settled. A closure may be called again.
+
+        Args:
+            step: That of an optimizer.
+            join: Instead of this object's.
+        """
+        if not self.is_settled:
+            self.is_settled = True
+            (join or self.join)(self.stepped(step))
+            self._begin(step)
+
+    def stepped(self, step: Step) -> Collection[int]:
+        """The ids of the parameters with a gradient, if any waits to join."""
+        return with_gradient(step.optimizer) if self.anchors.waiting else ()
 
     def _begin(self, step: Step) -> None:
         before, self._stepping = self._stepping, self._stepped_by(step)
@@ -103,7 +115,7 @@ class Constraint(Attached):
     def after(self, step: Step) -> None:
         """It has stepped."""
         self.anchors.settled = True
-        tensors, self._stepping = self._stepping, None
+        tensors, self._stepping, self.is_settled = self._stepping, None, False
         if tensors is not None:
             self.method.after(tensors, step)
         if self.tensors is not None and self.tensors.names:

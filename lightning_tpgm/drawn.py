@@ -40,11 +40,15 @@ def drawn(values: Tensor, shape: torch.Size) -> str | None:
     """
     if values.dtype != torch.float32:
         return None
-    chunks = torch.split(values.flatten(), _CHUNK)
+    flat = values.flatten()
+    chunks = torch.split(flat, _CHUNK)
     for bound, how in uniform_bounds(shape):
         if _on_grid(_uniform(chunk, bound) for chunk in chunks):
             return how
-    if _on_grid(_normal(chunk) for chunk in chunks):
+    blocks = len(flat) // 16 * 16
+    if blocks < len(flat):
+        blocks = max(0, blocks - 16)  # the rest is drawn anew together with a part of the last block
+    if _on_grid(_normal(chunk) for chunk in torch.split(flat[:blocks], _CHUNK)):
         return f"normal with standard deviation {float(values.std()):.1g}"
     return None
 
@@ -74,10 +78,7 @@ def _uniform(values: Tensor, bound: float) -> tuple[Tensor, Tensor]:
 
 def _normal(values: Tensor) -> tuple[Tensor, Tensor]:
     """The angles that gave these values, up to half a radian."""
-    count = len(values) // 16 * 16
-    if count < len(values):
-        count = max(0, count - 16)  # the rest is drawn anew together with a part of the last block
-    cosine, sine = values[:count].cpu().double().view(-1, 2, 8).unbind(1)
+    cosine, sine = values.cpu().double().view(-1, 2, 8).unbind(1)
     angle = torch.atan2(sine, cosine)
     angle = angle[(angle > 0) & (angle < 0.5)]
     return angle / _TURN * _STEPS, 0.9 * angle

@@ -54,7 +54,7 @@ def _attributes(found: object) -> dict[str, Any]:
 
 
 def with_gradient(optimizer: Optimizer) -> set[int]:
-    """The ids of the parameters that its step moves, frozen or not: torch's optimizers ask for a gradient alone."""
+    """The ids of the parameters that its step may move, frozen or not: torch's optimizers ask for a gradient alone."""
     return {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
 
 

@@ -49,11 +49,13 @@ def constrain(
         anchor_device: ``"cpu"``: the anchors are kept in the host's memory. None: on the parameters' device. A method
             that acts at the end brings them there then, and has them in the host's memory before.
         save_anchor: Whether ``state_dict()`` holds the anchors. False: it holds the path of the ``pretrained`` file and
-            a fingerprint of its tensors. Then ``load_state_dict()`` needs the file to be where it was.
+            a fingerprint of its tensors. Then ``load_state_dict()`` needs the file to be where it was. A method that
+            acts at the end reads it again in ``finish()``, and there are no distances before.
 
     Returns:
         The constraint: ``radii``, ``distances``, ``report()``, ``plot()``, ``state_dict()`` and ``load_state_dict()``
-        for checkpoints, ``finish()`` for methods that act at the end, ``remove()``.
+        for checkpoints, ``finish()`` for methods that act at the end, ``remove()``. Call ``finish()`` once:
+        WiSE-FT would interpolate again.
 
     Raises:
         ValueError: For a pattern that matches nothing, pretrained weights that do not fit, or nothing to constrain. For

@@ -67,14 +67,19 @@ def constrainable(module: nn.Module, exclude: Sequence[str] = (), buffers: bool 
                 f"Parameter {aliases[0]!r} has no shape yet. Run one batch through the lazy module before the fit,"
                 " or name it in `exclude`."
             )
-        if parameter.is_floating_point() and parameter.layout is torch.strided and parameter.numel() > 0:
+        if _has_distance(parameter):
             selected[aliases[0]] = parameter
     return selected
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    """All buffers by all of their names, as `constrainable` has them."""
-    return {clean_name(name): buffer for name, buffer in module.named_buffers(remove_duplicate=False)}
+    """The buffers that `constrainable` may have, by all of their names."""
+    found = {clean_name(name): buffer for name, buffer in module.named_buffers(remove_duplicate=False)}
+    return {name: buffer for name, buffer in found.items() if _has_distance(buffer)}
+
+
+def _has_distance(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout is torch.strided and tensor.numel() > 0
 
 
 def check_dense(title: str, parameters: Mapping[str, Tensor]) -> None:

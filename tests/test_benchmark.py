@@ -83,6 +83,8 @@ def test_the_tuned_row_takes_the_best_on_the_choice_data_and_never_looks_at_test
     assert best is not None
     assert (best[0].run.lr, best[0].run.settings) == (0.2, (("decay", 0.9),))
     assert summary.tuned(suite_results(found), "FTP") is None
+    more = [*found, result(run("EMA", 0.2, (), 2), 1.0, here=1.0, there=1.0)]  # a seed that no other rate has
+    assert summary.tuned(suite_results(more), "EMA") == best
     incomplete = [each for each in found if each.choice < 0.8 or each.run.seed == 0]
     best = summary.tuned(suite_results(incomplete), "EMA")
     assert best is not None

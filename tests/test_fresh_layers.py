@@ -255,11 +255,12 @@ def test_fresh_heads_of_all_sorts(make: Callable[[], nn.Module]) -> None:
     assert said(module) == ("head.*",)
 
 
-def test_entries_that_torch_draws_twice() -> None:
-    """The last 16, unless the number of entries is a multiple of 16."""
+@pytest.mark.parametrize("shape", [(97, 77), (10, 9831), (5463, 3)])
+def test_entries_that_torch_draws_twice(shape: tuple[int, int]) -> None:
+    """The last 16, unless the number of entries is a multiple of 16; also where few follow a chunk."""
     for seed in range(30):
         torch.manual_seed(seed)
-        weight = torch.empty(97, 77).normal_()
+        weight = torch.empty(shape).normal_()
         assert (drawn(weight, weight.shape) or "").startswith("normal"), seed
 
 

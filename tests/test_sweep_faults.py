@@ -271,9 +271,7 @@ def test_a_metric_that_is_never_finite_keeps_the_fine_tuned_weights(value: float
     module.value = value
     module.load_state_dict((toy() if in_fit else plain).state_dict())
     callback = WiSEFTCallback(**{**SWEEP, "alphas": alphas})
-    message = (
-        rf"^'val_loss' is {value} at alpha = 0, and not finite at any other.*fine-tuned weights stay.*Give `monitor`"
-    )
+    message = r"^'val_loss' is finite at none of 3 alphas.*fine-tuned weights stay.*Give `monitor`"
     arguments = {"mode": "min", "alphas": alphas, "dataloaders": val_loader()}
 
     def swept() -> WiSEFTSweep | None:
@@ -319,3 +317,31 @@ def test_a_metric_that_is_the_same_everywhere_is_said() -> None:
         sweep = wise_ft_sweep(quiet_trainer(), module, toy(), "val_loss", alphas=[0, 0.5, 1], **arguments)
     assert sweep.chosen_alpha == 0
     wise_ft_sweep(quiet_trainer(), module, toy(), "val_loss", alphas=[0.5], **arguments)  # one alpha: no warning
+
+
+class Masks(Toy):
+    """Its step replaces a buffer of numbers by one of truth values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.mask = torch.tensor([True, False, True])
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.5}, SWEEP], ids=["alpha", "sweep"])
+def test_a_buffer_that_is_no_number_any_more_keeps_its_value(options: dict[str, Any]) -> None:
+    module, _ = fitted(WiSEFTCallback(**options), module=Masks())
+    assert module.mask.tolist() == [True, False, True]
+
+
+@needs_ema
+def test_a_sweep_that_fails_leaves_the_average() -> None:
+    average = EMA(decay=0.5)
+    module, trainer = fitted(average)
+    kept = average._average_model
+    with pytest.raises(Exception, match="no_such_metric"):
+        wise_ft_sweep(trainer, module, toy(), monitor="no_such_metric", dataloaders=val_loader())
+    assert average._average_model is kept

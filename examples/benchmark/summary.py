@@ -90,11 +90,16 @@ def conditions_table(suites: Sequence[SuiteResults]) -> str:
 
 
 def options(suite: SuiteResults, method: str) -> list[list[Result]]:
-    """What a method was run with, at every learning rate and with every setting of its grid; complete ones only."""
+    """What a method was run with, at every learning rate and with every setting of its grid.
+
+    Of each the seeds that the method as it comes has at all learning rates; nothing of what lacks one of them.
+    """
     grid: list[Mapping[str, Any]] = [{}, *next((each.others for each in METHODS if each.name == method), ())]
-    found = [suite.of(method, USUAL, lr, settings) for lr in suite.rates for settings in grid]
-    most = max(map(len, found), default=0)
-    return [results for results in found if results and len(results) == most]
+    found = [suite.of(method, USUAL, lr, settings) for settings in grid for lr in suite.rates]
+    usual = [{result.run.seed for result in run} for run in found[: len(suite.rates)] if run]
+    seeds = set.intersection(*usual) if usual else set()
+    chosen = [[result for result in run if result.run.seed in seeds] for run in found]
+    return [run for run in chosen if run and len(run) == len(seeds)]
 
 
 def tuned(suite: SuiteResults, method: str) -> list[Result] | None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lightning_tpgm.callbacks.framework import Callback, callbacks_of, forget_average, pl, rank_zero_warn
+from lightning_tpgm.callbacks.framework import Callback, callbacks_of, exchange_average, pl, rank_zero_warn
 
 if TYPE_CHECKING:
     from lightning_tpgm.callbacks.method import MethodCallback
 
 WITH_A_SWAP = "WeightAveraging"  # by name: older releases of Lightning lack it
-_AVERAGING = {"StochasticWeightAveraging", WITH_A_SWAP}
 
 
 def averages(callback: Callback) -> bool:
     """Whether a callback writes an average into the module when the training ends."""
-    return bool(_AVERAGING & {base.__name__ for base in type(callback).__mro__})
+    return _is_a(callback, "StochasticWeightAveraging") or _is_a(callback, WITH_A_SWAP)
+
+
+def _is_a(callback: Callback, name: str) -> bool:
+    return name in {base.__name__ for base in type(callback).__mro__}
 
 
 def warn_of_averages(trainer: pl.Trainer, callback: MethodCallback) -> None:
@@ -44,8 +47,16 @@ def averages_held_still(trainer: pl.Trainer) -> Iterator[None]:
         vars(trainer)["callbacks"] = callbacks
 
 
-def end_averages(callbacks: Sequence[Callback]) -> None:
-    """The module holds these averages, and will hold other weights: those are validated and saved from now on."""
-    for callback in callbacks:
-        if WITH_A_SWAP in {base.__name__ for base in type(callback).__mro__}:
-            forget_average(callback)
+def end_averages(callbacks: Sequence[Callback]) -> Callable[[], None]:
+    """The module holds these averages, and will hold other weights: those are validated and saved from now on.
+
+    Returns:
+        What takes that back.
+    """
+    ended = [(callback, exchange_average(callback)) for callback in callbacks if _is_a(callback, WITH_A_SWAP)]
+
+    def back() -> None:
+        for callback, average in ended:
+            exchange_average(callback, average)
+
+    return back

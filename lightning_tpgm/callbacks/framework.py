@@ -39,7 +39,7 @@ __all__ = [
     "callbacks_of",
     "classes",
     "comes_in_turn",
-    "forget_average",
+    "exchange_average",
     "is_overridden",
     "is_own_error",
     "is_param_in_hook_signature",
@@ -292,6 +292,7 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
     return found
 
 
-def forget_average(callback: Callback) -> None:
-    """Let a `WeightAveraging` be as without a fit: it swaps nothing in for validation, nor in checkpoints."""
-    callback._average_model = None  # type: ignore[attr-defined]
+def exchange_average(callback: Callback, average: Any = None) -> Any:
+    """Give a `WeightAveraging` this average and return its own; None: it swaps nothing in for validation, nor saves."""
+    own, callback._average_model = callback._average_model, average  # type: ignore[attr-defined]
+    return own

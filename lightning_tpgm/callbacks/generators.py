@@ -70,7 +70,8 @@ def snapshot(generator: Any) -> Callable[[], object] | None:
 
 def seed_torch(seed: int) -> None:
     """`torch.manual_seed`, which writes down the stack for each kind of GPU that a machine does not have."""
-    if torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available():
+    accelerator = getattr(torch, "accelerator", None)  # since torch 2.6
+    if accelerator is None or accelerator.is_available():
         torch.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)

@@ -40,7 +40,6 @@ from lightning_tpgm.callbacks.surroundings import (
 )
 from lightning_tpgm.constraint import Constraint
 from lightning_tpgm.methods.method import Method, Step
-from lightning_tpgm.optimizers import with_gradient
 from lightning_tpgm.pretrained import Pretrained, path_of, read_pretrained
 from lightning_tpgm.selection import constrainable
 from lightning_tpgm.sharding import reshard
@@ -144,8 +143,7 @@ class MethodCallback(Asked, PlainCopies, Callback):
         self._constraint.before(step)
 
     def _settle(self, step: Step) -> None:
-        self._join(with_gradient(step.optimizer))  # the training step may have frozen and thawed layers
-        self._constraint.settle(step)
+        self._constraint.settle(step, self._join)  # the training step may have frozen and thawed layers
 
     def _after_step(self, step: Step) -> None:
         if self._constraint.method.changes_gradients:
@@ -173,7 +171,8 @@ class MethodCallback(Asked, PlainCopies, Callback):
         self._constraint.retake(settled=True)  # the module's own hooks and its step run later than this callback
         step = self._constraint.steps.step_of(optimizer)
         if step is not None:  # one that was replaced since the batch began is followed no more
-            self._join(with_gradient(step.optimizer))
+            if not self._constraint.is_settled:
+                self._join(self._constraint.stepped(step))
             with configuration_errors():
                 self._constraint.change_gradients(step)
 

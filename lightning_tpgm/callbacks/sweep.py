@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -86,7 +86,7 @@ class Search:
                 errors.append(error)
             sweep = WiSEFTSweep(self.monitor, self.mode, tuple(self.alphas), tuple(values))
             number = dict(zip(sweep.alphas, errors, strict=True)).get(sweep.best_alpha, errors[-1])
-            sweep = WiSEFTSweep(self.monitor, self.mode, sweep.alphas, sweep.values, number)
+            sweep = replace(sweep, tolerance=number)
             warn_of_no_choice(sweep)
             set_alpha(sweep.chosen_alpha)
         except BaseException:
@@ -206,10 +206,8 @@ def wise_ft_sweep(
         anchors.begin_from(read_pretrained(pretrained), candidates, rank_zero_info)
     anchors.join(frozen=True)
 
-    end_averages(callbacks_of(trainer))
-
     def present() -> Mapping[str, Tensor]:
-        anchors.follow(buffers_of(model))
+        anchors.replace(buffers_of(model))
         return anchors.parameters
 
     def interpolate(alpha: float) -> None:
@@ -219,4 +217,9 @@ def wise_ft_sweep(
         trainer.validate(model, dataloaders=dataloaders, datamodule=datamodule, verbose=False)
         return trainer.callback_metrics
 
-    return search.run(trainer, alpha_setter(model, present, interpolate), validate)
+    back = end_averages(callbacks_of(trainer))
+    try:
+        return search.run(trainer, alpha_setter(model, present, interpolate), validate)
+    except BaseException:
+        back()
+        raise

@@ -85,8 +85,8 @@ def warn_of_no_choice(sweep: WiSEFTSweep) -> None:
     """Warn of a metric that says nothing about alpha."""
     if not any(map(math.isfinite, sweep.values)):
         rank_zero_warn(
-            f"{sweep.monitor!r} is {sweep.values[0]:g} at alpha = {sweep.alphas[0]:g}, and not finite at any other. The"
-            " fine-tuned weights stay, alpha = 1. Give `monitor` a metric that is finite, or mend what makes it so."
+            f"{sweep.monitor!r} is finite at none of {len(sweep.alphas)} alphas. The fine-tuned weights stay, alpha ="
+            " 1. Give `monitor` a metric that is finite, or mend what makes this one infinite or not a number."
         )
     elif len(set(sweep.alphas)) > 1 and len(set(sweep.values)) == 1:
         rank_zero_warn(

@@ -29,9 +29,9 @@ from lightning_tpgm.methods.method import check, is_number
 class WiSEFTCallback(MethodCallback):
     """Replaces the weights at the end of the fit by W0 + alpha (W - W0), one alpha for all tensors.
 
-    Floating-point buffers (the running statistics of BatchNorm) are interpolated with the same alpha. Integer buffers,
-    and those whose shape has changed, keep their fine-tuned value. At alpha = 0 the tensors are the pretrained ones, at
-    alpha = 1 the fine-tuned, to the bit.
+    Floating-point buffers (the running statistics of BatchNorm) are interpolated with the same alpha. Other
+    buffers, and those whose shape has changed, keep their fine-tuned value. At alpha = 0 the tensors are the pretrained
+    ones, at alpha = 1 the fine-tuned, to the bit.
     Parameters without a pretrained value (a new head) keep their fine-tuned one. Checkpoints that were written during
     the fit hold the fine-tuned weights. ``trainer.save_checkpoint`` after it saves the interpolated ones.
 
@@ -156,7 +156,7 @@ class WiSEFTCallback(MethodCallback):
 
         set_alpha = alpha_setter(pl_module, present, interpolate, self.anchor_device)
         self.sweep = sweep = search.run(trainer, set_alpha, validate)
-        set_alpha(1.0)
+        set_alpha(1.0)  # what follows interpolates
         method.alpha = sweep.chosen_alpha
         rank_zero_info(
             f"{type(self).__name__}: alpha = {sweep.chosen_alpha:g} of {self.monitor!r}, best at {sweep.best_alpha:g}."

@@ -34,4 +34,5 @@ class AnchorDecay(Method):
         """Decays; a learning rate times strength above 1 stops at the anchor."""
         kept = (1 - tensors.learning_rates(step.optimizer) * self.strength).clamp(0, 1)
         kept = torch.where(step.moved(tensors), kept, 1)
-        tensors.shrink(tensors.weights(), kept, moved=[p.grad is not None for p in tensors.parameters])
+        moved = [parameter.requires_grad and parameter.grad is not None for parameter in tensors.parameters]
+        tensors.shrink(tensors.weights(), kept, moved)

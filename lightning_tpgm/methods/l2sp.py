@@ -11,7 +11,8 @@ from lightning_tpgm.methods.method import Method, Step, check, is_number
 class L2SP(Method):
     """Adds ``strength * (W - W0)`` to every gradient.
 
-    That is the gradient of the penalty ``strength / 2 * ||W - W0||^2``. A tensor without gradient is left alone.
+    That is the gradient of the penalty ``strength / 2 * ||W - W0||^2``. A tensor that is frozen, or has no
+    gradient, is left alone.
 
     Args:
         strength: lambda, the weight of the penalty.
@@ -33,4 +34,6 @@ class L2SP(Method):
     def change_gradients(self, tensors: Constrained, step: Step) -> None:
         """g := g + lambda (W - W0)."""
         strengths = tensors.scalar(self.strength).expand(len(tensors.names))
-        tensors.add_deviations(tensors.gradients(), tensors.weights(), strengths)
+        found = zip(tensors.gradients(), tensors.parameters, strict=True)
+        gradients = [gradient if parameter.requires_grad else None for gradient, parameter in found]
+        tensors.add_deviations(gradients, tensors.weights(), strengths)

@@ -69,7 +69,7 @@ class Method:
     def before(self, tensors: Constrained, step: Step) -> None:
         """Right before a step of the optimizer that steps these tensors; there may be no gradients yet.
 
-        If the step's closure freezes or thaws some, it is called again, before anything moves: the last call counts.
+        If the first call of the step's closure freezes or thaws some, it is called again: the last call counts.
         """
 
     def change_gradients(self, tensors: Constrained, step: Step) -> None:
