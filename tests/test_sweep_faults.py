@@ -271,7 +271,7 @@ def test_a_metric_that_is_never_finite_keeps_the_fine_tuned_weights(value: float
     module.value = value
     module.load_state_dict((toy() if in_fit else plain).state_dict())
     callback = WiSEFTCallback(**{**SWEEP, "alphas": alphas})
-    message = r"^'val_loss' is finite at none of 3 alphas.*fine-tuned weights stay.*Give `monitor`"
+    message = rf"^'val_loss' is finite at none of {len(alphas)} alphas.*fine-tuned weights stay.*Give `monitor`"
     arguments = {"mode": "min", "alphas": alphas, "dataloaders": val_loader()}
 
     def swept() -> WiSEFTSweep | None:
