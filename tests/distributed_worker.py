@@ -34,6 +34,7 @@ from lightning_tpgm import (
     WiSEFTCallback,
 )
 from lightning_tpgm.callbacks.method import MethodCallback
+from toys import leave_group
 
 STEPS = 6  # in two epochs
 GLOBAL_BATCH = 8
@@ -289,7 +290,7 @@ def main(folder: Path) -> None:
             print(case, flush=True)
         results[case] = train(**options, rank=rank, world_size=world_size)
     torch.save(results, folder / f"rank-{rank}-of-{world_size}.pt")
-    dist.destroy_process_group()  # gloo's threads, left running, may abort the process at its end
+    leave_group()
 
 
 if __name__ == "__main__":

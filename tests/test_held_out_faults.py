@@ -32,7 +32,7 @@ from lightning_tpgm.callbacks.heldout import HeldOutBatches
 from lightning_tpgm.callbacks.loaders import own_loader
 from lightning_tpgm.callbacks.step_errors import described
 from properties import assert_same
-from toys import FEATURES, Blobs, Classifier, blobs, trainer_in, weights_of
+from toys import FEATURES, Blobs, Classifier, blobs, leave_group, trainer_in, weights_of
 
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -1043,6 +1043,7 @@ def tensor_parallel_process(rank: int, folder: Path) -> None:
     os.environ |= {name: str(value) for name, value in ranks.items()} | {"TORCHELASTIC_RUN_ID": "test"}
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
     torch.save(radii_of_loss_parallel(folder, devices=2, strategy=strategy), folder / f"{rank}.pt")
+    leave_group()
 
 
 @pytest.mark.slow
