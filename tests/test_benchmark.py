@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,15 @@ import targets
 from methods import AFTER, CADENCES, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, TRIED, WISE_FT
 from results import FOLDER, Result, Run, append, append_row, mean_and_error, read
 from suite import Suite, load_suite
+
+
+@pytest.fixture(autouse=True)
+def as_loud_as_before() -> Iterator[None]:
+    """A process of the benchmark is silent for good."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 class Immediately:

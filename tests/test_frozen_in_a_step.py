@@ -329,7 +329,7 @@ def test_a_trainer_goes_back_to_a_checkpoint_from_before_a_thaw(name: str, tmp_p
     trainer.fit(module, data())
     weights = {name: weight.detach().clone() for name, weight in module.named_parameters()}
     report = callback.report()
-    trainer.fit(module, data(), ckpt_path=path, weights_only=False)
+    trainer.fit(module, data(), ckpt_path=path)
     assert_same({name: weight.detach() for name, weight in module.named_parameters()}, weights)
     assert_same(callback.report(), report)
 
