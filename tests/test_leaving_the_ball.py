@@ -435,7 +435,6 @@ def test_a_plain_loop_is_told_when_the_constraint_is_removed(method: Any, masked
 # --- tensors that are split over processes
 
 SPLIT = """
-import os
 import warnings
 
 import torch
@@ -448,6 +447,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from lightning_tpgm import constrain
 from lightning_tpgm.methods import FTP
 from lightning_tpgm.observing.leaving import Leaving
+from toys import leave_group
 
 Leaving.EVERY = 2
 mesh = init_device_mesh("cpu", (2,))
@@ -474,9 +474,7 @@ for kind in ("fsdp2", "tensor_parallel"):
         said = ["is outside of its ball" in str(warning.message) for warning in caught]
         with open(f"rank-{dist.get_rank()}.txt", "a") as file:
             print(kind, masked, said, file=file)
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)  # what is still there of gloo's threads may abort the process at its usual end
+leave_group()
 """
 
 
@@ -484,8 +482,9 @@ os._exit(0)  # what is still there of gloo's threads may abort the process at it
 def test_split_tensors_are_measured_together(tmp_path: Path) -> None:
     """All processes look at the same moments, and all know what is outside on any of them."""
     (tmp_path / "worker.py").write_text(SPLIT)
+    tests = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [tests.parent, tests]))}
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
     )
