@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -39,10 +40,9 @@ from leads import FROM_SWEEP, started_at
 from lightning_tpgm import project_checkpoint, wise_ft_sweep
 from methods import AFTER, CADENCES, FIXED_RATES, METHODS, PLAIN, TPGM, TPGM_SWEEP, TRIED, WISE_FT
 from results import FOLDER, Result, Run, append, read
-from suite import SUITES, Suite, load_suite
+from suite import COSINE, SUITES, USUAL, Suite, load_suite
 
 RULE = "one_standard_error"
-USUAL = "usual"
 QUESTIONS = (1, 2, 3, 4, 5, 6)
 QUIET = {
     "accelerator": "cpu",
@@ -149,8 +149,8 @@ class Fit:
         found = [self._test(self.run.method, end, 1.0, seconds)]
         if self.run.method == PLAIN:
             found += self._swept(WISE_FT, end, seconds)
-            start = found[-1].alpha if dict(self.run.settings).get("lead") == FROM_SWEEP else 0.5
-            with started_at(start):
+            from_sweep = dict(self.run.settings).get("lead") == FROM_SWEEP
+            with started_at(found[-1].alpha) if from_sweep else nullcontext():
                 projected, more = self._after_the_fact(end)
             found.append(self._test(AFTER, projected, 1.0, seconds + more))
         if self.run.method == TPGM:
@@ -233,7 +233,7 @@ def plan(suite: Suite, seeds: Sequence[int], questions: Sequence[int] = QUESTION
             for settings in CADENCES:
                 yield Run(TPGM, USUAL, lr, tuple(settings.items()), seed)
     for seed in seeds[:5] if 6 in questions else ():  # would one of these ideas be better?
-        for condition in (USUAL, *suite.conditions.keys() & {"cosine"}):
+        for condition in (USUAL, *suite.conditions.keys() & {COSINE}):
             for lr in suite.rates[-3:-1]:
                 for name, settings in TRIED:
                     yield Run(name, condition, lr, tuple(settings.items()), seed)

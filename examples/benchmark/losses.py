@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch.utils.data import TensorDataset
 
-from benchmark import USUAL, Fit, logits, share_right, work_quietly
+from benchmark import Fit, logits, share_right, work_quietly
 from methods import FTP, PLAIN, TPGM
 from results import FOLDER, Run, append_row, read_rows
-from suite import SUITES, load_suite
+from suite import SUITES, USUAL, load_suite
 
 COMPARED = (PLAIN, FTP, TPGM)
 RATES = 2  # the smallest so many of each suite

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 SUITES = ("digits", "emoji", "sentiment")
+USUAL, COSINE = "usual", "cosine"  # conditions that tables ask for by name
 
 
 class Data(LightningDataModule):

@@ -13,9 +13,8 @@ from typing import Any
 from losses import NAME
 from methods import FIXED_RATES, TPGM
 from results import FOLDER, Result, Run, mean_and_error, read, read_rows
-from suite import SUITES
+from suite import SUITES, USUAL
 
-USUAL, COSINE = "usual", "cosine"
 IN_DISTRIBUTION = "in distribution"
 
 

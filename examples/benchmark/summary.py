@@ -21,7 +21,8 @@ from lightning_tpgm.observing.plotting import name_lines
 from losses import COMPARED
 from methods import AFTER, CADENCES, EMA, FIXED_RATES, FTP, L2_SP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
 from results import FOLDER, Result, mean_and_error
-from suite_results import COSINE, USUAL, SuiteResults, differences, paired, present
+from suite import COSINE, USUAL
+from suite_results import SuiteResults, differences, paired, present
 
 OVERVIEW = Path(__file__).parents[2] / "README.md"
 DETAILS = Path(__file__).parent / "README.md"
@@ -180,12 +181,15 @@ def settings_table(
     for suite in suites:
         for condition in conditions:
             for lr in suite.rates:
+                if not any(own and suite.of(method, condition, lr, own) for method, own in compared.values()):
+                    continue
+                runs = [
+                    paired(suite.of(method, condition, lr, own), suite.of(method, condition, lr))
+                    for method, own in compared.values()
+                ]
                 for heading, domains in suite.both:
-                    usual = {method: suite.of(method, condition, lr) for method, _ in compared.values()}
-                    runs = [(suite.of(method, condition, lr, own), usual[method]) for method, own in compared.values()]
-                    if any(own and others for (_, own), (others, _) in zip(compared.values(), runs, strict=True)):
-                        cells = [cell(paired(*run), domains) for run in runs]
-                        rows.append([f"{suite.name}, {condition}, {lr:g}", heading, *cells])
+                    cells = (cell(run, domains) for run in runs)
+                    rows.append([f"{suite.name}, {condition}, {lr:g}", heading, *cells])
     return markdown(["suite, condition, learning rate", "tested", *compared], rows)
 
 
