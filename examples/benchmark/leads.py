@@ -1,4 +1,4 @@
-"""Ideas for TPGM that are not in the package, to be tried against it: pressure, slower or shared slopes, another start.
+"""Ideas for TPGM that are not in the package, to be tried: other radii, another start, other held-out losses.
 
 `benchmark.py` runs them where protocol.md says so, as ``settings`` of a method with the name ``lead``.
 """
@@ -11,6 +11,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_tpgm import TPGMCallback
@@ -53,6 +55,25 @@ FROM_SWEEP = "from where the sweep ends"
 """After the fact, radii start at the sweep's alpha instead of a half."""
 
 
+def at_best_temperature(model: LightningModule, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The cross entropy of the logits over the temperature that is best for this batch: sure or unsure, no matter."""
+    inputs, labels = batch
+    logits = model(inputs)
+    temperatures = torch.logspace(-1, 1, 65).tolist()
+    best = min(temperatures, key=lambda t: F.cross_entropy(logits.detach() / t, labels).item())
+    return F.cross_entropy(logits / best, labels)
+
+
+def missing_probability(model: LightningModule, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """One less the probability of the right class: no example counts more than one, however wrong it is."""
+    inputs, labels = batch
+    return 1 - model(inputs).softmax(dim=1).gather(1, labels.unsqueeze(1)).mean()
+
+
+LOSSES = {"at the best temperature": at_best_temperature, "missing probability": missing_probability}
+"""What radii are learned from, instead of the module's own loss; for classifiers."""
+
+
 class Lead(TPGMCallback):
     """TPGM with the radii of an idea.
 
@@ -72,9 +93,11 @@ class Lead(TPGMCallback):
         return method
 
 
-def lead_or_tpgm(**options: Any) -> TPGMCallback:
-    """TPGM, as it comes unless a ``lead`` is among the options."""
-    return Lead(**options) if "lead" in options else TPGMCallback(**options)
+def lead_or_tpgm(lead: str | None = None, **options: Any) -> TPGMCallback:
+    """TPGM, as it comes or with an idea."""
+    if lead in LEADS:
+        return Lead(lead, **options)
+    return TPGMCallback(**options) if lead is None else TPGMCallback(loss=LOSSES[lead], **options)
 
 
 @contextmanager
