@@ -9,29 +9,22 @@ The functions of `lightning_tpgm.norms` and `lightning_tpgm.projection` say what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_tpgm import blocks
-from lightning_tpgm.norms import Norm, matrix_shape
-from lightning_tpgm.projection import is_coarse
-
-SHARED = 2**14
-"""Tensors with fewer elements share a matrix: calling an operation costs more than carrying it out."""
-BLOCK = {"cpu": 2**19}
-"""Elements that are worked on at a time, by type of device: two megabytes in float32 stay in the cache."""
-LARGE_BLOCK = 2**24
-"""On other devices the bound only keeps memory small."""
+from lightning_tpgm.groups import grouped
+from lightning_tpgm.norms import Norm
 
 Matrices = list[Tensor]
 """One matrix of rows for each group of a `Layout`, shape (R, L) each."""
 
 
 class Layout:
-    """Arranges tensors as matrices of rows, by groups: a large tensor each, or small ones of one shape.
+    """Arranges tensors as matrices of rows, by groups, see `lightning_tpgm.groups`.
 
     The rows of all groups, one after the other, have one long vector of distances, ratios and so on, shape (rows,).
 
@@ -48,13 +41,14 @@ class Layout:
     def __init__(self, tensors: Sequence[Tensor], norm: Norm) -> None:
         self._kind = norm
         self._count = len(tensors)
-        self._groups = [_Group(indices, tensors, norm) for indices in _grouped(tensors)]
+        self._groups = grouped(tensors, norm)
         dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self._device = tensors[0].device if tensors else torch.device("cpu")
-        owners = [index for group in self._groups for index in group.indices for _ in range(group.rows_each)]
+        pairs = [pair for group in self._groups for pair in zip(group.indices, group.counts, strict=True)]
+        owners = [index for index, count in pairs for _ in range(count)]
         self.tensor_of_row = self.on_device(owners, torch.long)
-        self._tensors = self.on_device([index for group in self._groups for index in group.indices], torch.long)
+        self._tensors = self.on_device([index for index, _ in pairs], torch.long)
         self._sizes = [group.rows for group in self._groups]
         self.roundoff = self.on_device([g.roundoff for g in self._groups for _ in range(g.rows)], self.dtype)
 
@@ -62,9 +56,9 @@ class Layout:
         """Where the rows of these tensors are in the long vector, in the order of the indices."""
         first, start = {}, 0
         for group in self._groups:
-            for index in group.indices:
-                first[index] = range(start, start + group.rows_each)
-                start += group.rows_each
+            for index, count in zip(group.indices, group.counts, strict=True):
+                first[index] = range(start, start + count)
+                start += count
         return self.on_device([row for index in indices for row in first[index]], torch.long)
 
     # ---- arranging
@@ -208,89 +202,3 @@ class Layout:
     def on_device(self, values: Sequence[float], dtype: torch.dtype = torch.bool) -> Tensor:
         """Python's values as a tensor where the tensors are, without waiting for the device."""
         return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
-
-
-def _grouped(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """The indices of the tensors of each group; a group of small tensors is no larger than a block."""
-    shared: dict[tuple[torch.dtype, torch.device, torch.Size], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        if tensor.numel() >= SHARED:
-            yield [index]
-            continue
-        key = (tensor.dtype, tensor.device, tensor.size())
-        shared.setdefault(key, []).append(index)
-        if len(shared[key]) * tensor.numel() >= _block(tensor):
-            yield shared.pop(key)
-    yield from shared.values()
-
-
-def _block(tensor: Tensor) -> int:
-    return BLOCK.get(tensor.device.type, LARGE_BLOCK)
-
-
-class _Group:
-    """Tensors that make one matrix: a large one, or small ones of one shape."""
-
-    def __init__(self, indices: list[int], tensors: Sequence[Tensor], norm: Norm) -> None:
-        first = tensors[indices[0]]
-        self.indices = indices
-        self.rows_each, self._length = matrix_shape(first.size(), norm)
-        self.rows = self.rows_each * len(indices)
-        self.one_row = self.rows == 1
-        self.roundoff = 0.0 if is_coarse(first.dtype) else torch.finfo(first.dtype).eps / 2
-        self._size, self._stride = first.size(), first.stride()
-        self._is_view = first.numel() >= SHARED and _row_by_row(first, self.rows, self._length)
-        self._zero = first.new_zeros(())
-        self._block = _block(first) if self.one_row else max(1, _block(first) // max(1, self._length))
-        self._is_block = (self._length if self.one_row else self.rows) <= self._block
-
-    def blocks(self, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """The parts of matrices that are worked on at a time: rows, or pieces of the only one."""
-        if self._is_block:
-            return iter([matrices])
-        return zip(*(torch.split(m, self._block, dim=1 if self.one_row else 0) for m in matrices), strict=True)
-
-    def total(self, rows: Tensor) -> Tensor:
-        each = len(self.indices), self.rows_each
-        return rows if self.rows_each == 1 else rows.unflatten(-1, each).sum(dim=-1)  # type: ignore[no-untyped-call]
-
-    def is_missing(self, tensors: Sequence[Tensor | None]) -> bool:
-        return all(tensors[index] is None for index in self.indices)
-
-    def arrange(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        if self.is_missing(tensors):
-            return self._zero.expand(self.rows, self._length)
-        mine = (tensors[index] for index in self.indices)
-        present = [self._zero.expand(self._size) if tensor is None else tensor for tensor in mine]
-        if not self._is_view:
-            matrix = torch.stack(present).reshape(self.rows, self._length)  # stacked in the memory order of the parts
-            return matrix.to(self._zero.device)
-        (tensor,) = present
-        if tensor.stride() != self._stride:  # the elements of all matrices are in the same order
-            tensor = tensor.new_empty_strided(self._size, self._stride).copy_(tensor)
-        return tensor.as_strided((self.rows, self._length), (self._length, 1))
-
-    def to_write(self, tensors: Sequence[Tensor | None], reads: bool) -> Tensor:
-        """A matrix for new values of the tensors, which `write` brings there; with the present ones if these count."""
-        return self.arrange(tensors) if reads or self._is_view else self._zero.new_empty(self.rows, self._length)
-
-    def write(self, matrix: Tensor, tensors: Sequence[Tensor | None]) -> None:
-        mine = [tensors[index] for index in self.indices]
-        if self._is_view:
-            (tensor,) = mine
-            if tensor is not None and tensor.data_ptr() != matrix.data_ptr():
-                tensor.copy_(matrix.as_strided(self._size, self._stride))
-            return
-        parts = matrix.view(len(mine), *self._size).unbind()
-        pairs = [(tensor, part) for tensor, part in zip(mine, parts, strict=True) if tensor is not None]
-        torch._foreach_copy_([tensor for tensor, _ in pairs], [part for _, part in pairs])
-
-
-def _row_by_row(tensor: Tensor, rows: int, length: int) -> bool:
-    """Whether the tensor's memory has no gaps and holds one row after the other."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return rows == 1 or tensor.stride(0) == length

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-import lightning_tpgm.layout
+import lightning_tpgm.groups
 from lightning_tpgm import AnchorDecayCallback, DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, TPGMCallback
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods import TPGM, Method, Step
@@ -94,8 +94,8 @@ def test_cheap_operations_do_not_grow_with_the_number_of_small_tensors(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_cheap_no_intermediate_result_is_larger_than_a_block(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lightning_tpgm.layout, "SHARED", 10)
-    monkeypatch.setitem(lightning_tpgm.layout.BLOCK, "cpu", 100)
+    monkeypatch.setattr(lightning_tpgm.groups, "SHARED", 10)
+    monkeypatch.setitem(lightning_tpgm.groups.BLOCK, "cpu", 100)
     sizes = sizes_in_a_step(method, Scales(2, 1000), monkeypatch)
     assert not [size for size in sizes if size > 100]
     assert 100 in sizes

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import lightning_tpgm.layout
+import lightning_tpgm.groups
 from lightning_tpgm.layout import Layout
 from lightning_tpgm.norms import Norm, deviation, from_sums
 from lightning_tpgm.projection import project, ratio
@@ -19,13 +19,17 @@ from lightning_tpgm.projection import project, ratio
 SHAPES = [(), (1,), (7,), (0,), (3, 5), (5, 3), (1, 15), (0, 4), (4, 0), (4, 3, 2, 2), (2, 3, 3)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_limits() -> Iterator[None]:
-    """Tiny tensors are large ones, worked on in blocks that do not divide them evenly."""
+@pytest.fixture(autouse=True, scope="module", params=[(12, 7), (100, 1000)], ids=["large ones", "mixed ones"])
+def small_limits(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny tensors are large ones, worked on in blocks that do not divide them evenly; or all share few matrices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lightning_tpgm.layout, "SHARED", 12)
-        patch.setitem(lightning_tpgm.layout.BLOCK, "cpu", 7)
+        set_limits(patch, *request.param)
         yield
+
+
+def set_limits(patch: pytest.MonkeyPatch, shared: int, block: int) -> None:
+    patch.setattr(lightning_tpgm.groups, "SHARED", shared)
+    patch.setitem(lightning_tpgm.groups.BLOCK, "cpu", block)
 
 
 def some(shapes: list[tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -182,8 +186,7 @@ def test_memory_whose_order_changes_during_training() -> None:
 
 @pytest.mark.parametrize("norm", ["mars", "l2"])
 def test_small_tensors_of_any_order_share_a_matrix(norm: Norm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lightning_tpgm.layout, "SHARED", 100)
-    monkeypatch.setitem(lightning_tpgm.layout.BLOCK, "cpu", 1000)
+    set_limits(monkeypatch, 100, 1000)
     weights, anchors, grads = (some([(3, 2, 2, 2)] * 2, seed) for seed in range(3))
     expected = [project(w, a, torch.tensor(0.5)) for w, a in zip(weights, anchors, strict=True)]
     dots = [row_dot(g, deviation(w, a), norm) for g, w, a in zip(grads, weights, anchors, strict=True)]
@@ -220,7 +223,8 @@ def test_gradients(shape: tuple[int, ...], from_d: bool) -> None:
     torch.testing.assert_close(grads[2], expected[2])
 
 
-def test_large_tensors_are_not_copied_and_small_ones_share_a_matrix() -> None:
+def test_large_tensors_are_not_copied_and_small_ones_share_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_limits(monkeypatch, 12, 7)
     tensors = some([(6, 4), (3,), (3,), (2, 3)], seed=0)
     layout = Layout(tensors, "mars")
     large, shared, other = layout.arrange(tensors)
@@ -229,7 +233,8 @@ def test_large_tensors_are_not_copied_and_small_ones_share_a_matrix() -> None:
     assert other.shape == (2, 3)
 
 
-def test_a_shared_matrix_is_no_larger_than_a_block() -> None:
+def test_a_shared_matrix_is_no_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_limits(monkeypatch, 12, 7)
     layout = Layout(some([(3,)] * 10, seed=0), "l2")
     assert [matrix.shape for matrix in layout.arrange(some([(3,)] * 10, seed=0))] == [(3, 3)] * 3 + [(1, 3)]
 
@@ -249,3 +254,52 @@ def test_long_rows_are_summed_exactly() -> None:
     moved = layout.arrange([torch.full_like(anchor, 1e-3)])
     found = from_sums(layout.sums(moved, layout.arrange([anchor])), "l2")
     torch.testing.assert_close(found, torch.tensor([0.512]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["mars", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_tensors_of_several_shapes_share_a_matrix(
+    norm: Norm, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every value is that of the tensor alone, to the bit but for the order of sums."""
+    set_limits(monkeypatch, 100, 1000)
+    shapes = [(7,), (3, 5), (3,), (0,), (2, 3, 3), ()]
+    weights, anchors, grads = (some(shapes, seed, dtype) for seed in range(3))
+    weights[4], grads[4] = (tensors[4].transpose(1, 2).contiguous().transpose(1, 2) for tensors in (weights, grads))
+    layout, alone = Layout(weights, norm), [Layout([weight], norm) for weight in weights]
+    assert len(layout.arrange(weights)) == (1 if norm == "mars" else 2)  # six rows of 18 elements are too many
+
+    for moved in (weights, [None, *weights[1:]]):
+        found = layout.dots(layout.arrange(grads), layout.arrange(moved), layout.arrange(anchors))
+        of_one = [
+            one.dots(one.arrange([g]), one.arrange([w]), one.arrange([a]))
+            for one, g, w, a in zip(alone, grads, moved, anchors, strict=True)
+        ]
+        torch.testing.assert_close(rows_in_order(layout, found, len(shapes)), torch.cat(of_one))
+        torch.testing.assert_close(layout.total(found), torch.stack([rows.sum() for rows in of_one]))
+
+    ends = [weight.clone() for weight in weights]
+    for one, weight, anchor in zip(alone, ends, anchors, strict=True):
+        w, a = one.arrange([weight]), one.arrange([anchor])
+        one.project([weight], w, a, one.of_rows(torch.tensor([0.3])), inside=True)
+    first = weights[0].clone()
+    w, a = layout.arrange(weights), layout.arrange(anchors)
+    layout.project([None, *weights[1:]], w, a, layout.of_rows(torch.full((len(shapes),), 0.3)), inside=True)
+    assert all(map(torch.equal, weights, [first, *ends[1:]]))
+
+
+def test_a_matrix_of_several_shapes_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fills up the rows costs less than a call."""
+    set_limits(monkeypatch, 1000, 10**6)
+    shapes = [(2,), (4, 4), (30, 4), (30, 8), (2, 100), (5, 100), (3, 200), (800,)]
+    matrices = Layout(some(shapes, seed=0), "mars").arrange(some(shapes, seed=0))
+    assert sorted(m.shape for m in matrices) == [(1, 800), (3, 200), (7, 100), (65, 8)]
+
+
+def test_tensors_of_several_dtypes_share_no_matrix() -> None:
+    tensors = [torch.zeros(2), torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16), torch.zeros(3).double()]
+    assert {m.dtype: m.shape for m in Layout(tensors, "mars").arrange(tensors)} == {
+        torch.float32: (2, 3),
+        torch.bfloat16: (1, 2),
+        torch.float64: (1, 3),
+    }

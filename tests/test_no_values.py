@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-import lightning_tpgm.layout
+import lightning_tpgm.groups
 from lightning_tpgm import (
     DiGraPCallback,
     FTPCallback,
@@ -29,7 +29,7 @@ from lightning_tpgm import (
     constrain,
 )
 from lightning_tpgm.callbacks.method import MethodCallback
-from lightning_tpgm.layout import SHARED
+from lightning_tpgm.groups import SHARED
 from lightning_tpgm.methods import Method, WiSEFT
 from toys import quiet_trainer
 
@@ -142,7 +142,7 @@ READS = {"tpgm": 4, "tpgm l2": 6, "ftp": 2, "digrap": 1, "spd": 2, "l2sp": 1}
 
 @pytest.mark.parametrize("method", METHODS)
 def test_anchors_in_the_hosts_memory_come_to_the_device_and_go(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lightning_tpgm.layout, "LARGE_BLOCK", 3000)
+    monkeypatch.setattr(lightning_tpgm.groups, "LARGE_BLOCK", 3000)
     callback = METHODS[method](pretrained=PRETRAINED, anchor_device="cpu")
     sizes = [size for sizes in arrivals_in_four_steps(callback) for size in sizes if size > SMALL]
     assert max(sizes) == 3000

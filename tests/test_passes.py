@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import lightning_tpgm.layout
+import lightning_tpgm.groups
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods import FTP, L2SP, SPD, TPGM, AnchorDecay, DiGraP, Method, Step, WiSEFT
 
@@ -116,8 +116,8 @@ def passes(method: Method) -> float:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_memory_is_read_and_written_as_often_as_documented(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lightning_tpgm.layout, "SHARED", 16)
-    monkeypatch.setitem(lightning_tpgm.layout.BLOCK, "cpu", BLOCK)
+    monkeypatch.setattr(lightning_tpgm.groups, "SHARED", 16)
+    monkeypatch.setitem(lightning_tpgm.groups.BLOCK, "cpu", BLOCK)
     method = METHODS[name]()
     if isinstance(method, TPGM):
         method.held_out = HeldOut()  # type: ignore[assignment]
