@@ -150,9 +150,9 @@ class Clock(pl.Callback):
                 if name == "FTP, mars" and naive_ftp is not None:
                     optimizer.step()
                     times["naive FTP"] = [seconds(naive_ftp.after)]
-            if naive is not None:
-                optimizer.step()
-                times["naive"] = [seconds(naive, pl_module, batch)]
+                if name == "TPGM, mars" and naive is not None:
+                    optimizer.step()
+                    times["naive"] = [seconds(naive, pl_module, batch)]
             if round_ >= 0:
                 for name, values in times.items():
                     self.times.setdefault(name, []).extend(values)

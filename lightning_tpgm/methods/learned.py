@@ -106,7 +106,7 @@ class LearnedScalars:
         v = exp_avg_sq / -torch.expm1(step * math.log(beta2))
         rate, eps = (self.lr, self.EPS) if lr is None else (lr, self.TINY)
         value = self.value - rate * m / (v.sqrt() + eps)
-        where = where & exp_avg.isfinite() & exp_avg_sq.isfinite()
+        where = where & exp_avg_sq.isfinite()  # if it is, so is the gradient
         for name, new in zip(self._ADAM, (value, exp_avg, exp_avg_sq, step), strict=True):
             setattr(self, name, torch.where(where, new, getattr(self, name)))
 

@@ -73,7 +73,7 @@ class Radii(LearnedScalars):
             step = (largest - self.distance).abs()
             known = moved & (self.reach > 0) & step.isfinite()
             self.pace = torch.where(known, torch.lerp(self.pace, step, 1 - self.SMOOTHING), self.pace)
-            self.followed = torch.where(known, self.followed + 1, self.followed)
+            self.followed = self.followed + known
 
     @property
     def growth(self) -> float:
@@ -126,11 +126,12 @@ class Radii(LearnedScalars):
     def projected(self, largest: Tensor, moved: Tensor) -> None:
         """Note the largest distances after a projection, from those before it, of the tensors that were moved."""
         self.reach = torch.where(moved, largest, self.reach)
-        self.distance = ratio(self.bounds, self.reach) * self.reach
+        left = ratio(self.bounds, self.reach)
+        self.distance = left * self.reach
         self.projections = self.projections + moved
         bound = moved & self._binds
         self.bound = self.bound + bound
-        self.pinned = self.pinned + (bound & (self._ratios < self.PINNED))
+        self.pinned = self.pinned + (bound & (left < self.PINNED))
         finite = moved & (self.reach < torch.inf)  # False for what is not a number
         for name, now in (("wanted", self.reach), ("allowed", self.distance)):
             mean = getattr(self, name)
