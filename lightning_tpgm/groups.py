@@ -51,7 +51,7 @@ def grouped(tensors: Sequence[Tensor], norm: Norm) -> list[Group]:
 
 
 def _fit(tensors: Sequence[Tensor], norm: Norm) -> bool:
-    """Whether the matrix of all their rows is small, and so is the one in which `Group.total` adds them."""
+    """Whether the matrix of all their rows is small, and so is the one in which `MixedGroup.total` adds them."""
     counts, lengths = zip(*(matrix_shape(tensor.size(), norm) for tensor in tensors), strict=True)
     largest = max(sum(counts) * max(lengths), len(counts) * max(counts))
     return largest < SHARED and len({tensor.dtype for tensor in tensors}) == 1
