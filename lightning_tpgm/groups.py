@@ -28,29 +28,33 @@ def grouped(tensors: Sequence[Tensor], norm: Norm) -> list[Group]:
     elements.
     """
     large, full = [], []
-    small: dict[tuple[torch.dtype, torch.device, torch.Size], list[int]] = {}
+    small: dict[tuple[str, int, torch.Size], list[int]] = {}
     for index, tensor in enumerate(tensors):
         if tensor.numel() >= SHARED:
             large.append([index])
             continue
-        key = (tensor.dtype, tensor.device, tensor.size())
+        key = (str(tensor.dtype), matrix_shape(tensor.size(), norm)[1], tensor.size())
         small.setdefault(key, []).append(index)
         if len(small[key]) * tensor.numel() >= _block(tensor):
             full.append(small.pop(key))
-    mixed: dict[tuple[torch.dtype, torch.device], list[list[int]]] = {}
-    for (dtype, device, size), indices in sorted(small.items(), key=lambda item: matrix_shape(item[0][2], norm)[1]):
-        length = matrix_shape(size, norm)[1]
-        so_far = mixed.setdefault((dtype, device), [[]])
-        rows = sum(matrix_shape(tensors[i].size(), norm)[0] for i in (*so_far[-1], *indices))
-        if rows * length < SHARED:
-            so_far[-1] += indices
+    mixed: list[list[int]] = []
+    for _, indices in sorted(small.items()):  # rows of about the same length share a matrix
+        if mixed and _fit([tensors[index] for index in mixed[-1] + indices], norm):
+            mixed[-1] += indices
         else:
-            so_far.append(indices)
-    groups = [Group(indices, tensors, norm) for indices in large + full]
-    for indices in (each for lists in mixed.values() for each in lists if each):
-        one_shape = len({tensors[i].size() for i in indices}) == 1
+            mixed.append(indices)
+    groups = []
+    for indices in large + full + mixed:
+        one_shape = len({tensors[index].size() for index in indices}) == 1
         groups.append((Group if one_shape else MixedGroup)(indices, tensors, norm))
     return groups
+
+
+def _fit(tensors: Sequence[Tensor], norm: Norm) -> bool:
+    """Whether the matrix of all their rows is small, and so is the one in which `MixedGroup.total` adds them."""
+    counts, lengths = zip(*(matrix_shape(tensor.size(), norm) for tensor in tensors), strict=True)
+    largest = max(sum(counts) * max(lengths), len(counts) * max(counts))
+    return largest < SHARED and len({tensor.dtype for tensor in tensors}) == 1
 
 
 def _block(tensor: Tensor) -> int:
@@ -145,26 +149,30 @@ class MixedGroup(Group):
         super().__init__(indices, tensors, norm)
         self._sizes = [tensors[index].size() for index in indices]
         self._numels = [size.numel() for size in self._sizes]
-        lengths, counts = torch.tensor([matrix_shape(size, norm) for size in self._sizes]).flip(1).unbind(1)
+        counts, lengths = torch.tensor([matrix_shape(size, norm) for size in self._sizes]).unbind(1)
         used = torch.arange(self._length) < lengths.repeat_interleave(counts).unsqueeze(1)
         device = self._zero.device
-        self._sources, self._places = _sources(used).to(device), used.flatten().nonzero().squeeze(1).to(device)
+        self._sources = _sources(used).flatten().to(device)
+        self._places = used.flatten().nonzero().squeeze(1).to(device)
         self._rows_of = _sources(torch.arange(max(self.counts)) < counts.unsqueeze(1)).to(device)
 
     @override
     def total(self, rows: Tensor) -> Tensor:
+        if len(set(self.counts)) == 1:
+            return super().total(rows)
         return pad(rows, (0, 1))[..., self._rows_of].sum(dim=-1)
 
     @override
     def _gather(self, tensors: Sequence[Tensor | None]) -> Tensor:
         pairs = zip(tensors, self._sizes, strict=True)
-        present = [(self._zero.expand(size) if tensor is None else tensor).reshape(-1) for tensor, size in pairs]
-        flat = torch.cat([*present, present[0].new_zeros(1)])
-        return flat.to(self._zero.device).take(self._sources)
+        present = [(self._zero.expand(size) if tensor is None else tensor).flatten() for tensor, size in pairs]
+        flat = torch.cat([*present, present[0].new_zeros(1)]).view(sum(self._numels) + 1)  # an error for another size
+        # not by `take`, which Apple's GPUs lack
+        return flat.to(self._zero.device).index_select(0, self._sources).view(self.rows, self._length)
 
     @override
     def _parts(self, matrix: Tensor) -> Sequence[Tensor]:
-        flat = matrix.take(self._places).split(self._numels)  # type: ignore[no-untyped-call]
+        flat = matrix.flatten().index_select(0, self._places).split(self._numels)  # type: ignore[no-untyped-call]
         return [part.view(size) for part, size in zip(flat, self._sizes, strict=True)]
 
 

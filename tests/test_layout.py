@@ -296,6 +296,25 @@ def test_a_matrix_of_several_shapes_stays_small(monkeypatch: pytest.MonkeyPatch)
     assert sorted(m.shape for m in matrices) == [(1, 800), (3, 200), (7, 100), (65, 8)]
 
 
+def test_a_tensor_of_many_rows_shares_no_matrix_with_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums over each tensor's rows would have as many places for every one of them."""
+    set_limits(monkeypatch, 1000, 10**6)
+    tensors = some([(40, 1)] + [(1,)] * 30, seed=0)
+    assert [m.shape for m in Layout(tensors, "mars").arrange(tensors)] == [(30, 1), (40, 1)]
+
+
+def test_a_tensor_without_rows_adds_none_to_the_others() -> None:
+    """As many rows as tensors, but not one each: a process may hold no part of a tensor."""
+    assert Layout(some([(0, 4), (2, 3)], seed=0), "mars").total(torch.ones(2)).tolist() == [0, 2]
+
+
+def test_a_tensor_whose_size_changed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_limits(monkeypatch, 100, 1000)
+    layout = Layout(some([(3,), (2, 2)], seed=0), "l2")
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        layout.arrange(some([(5,), (2, 2)], seed=0))
+
+
 def test_tensors_of_several_dtypes_share_no_matrix() -> None:
     tensors = [torch.zeros(2), torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16), torch.zeros(3).double()]
     assert {m.dtype: m.shape for m in Layout(tensors, "mars").arrange(tensors)} == {

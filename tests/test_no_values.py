@@ -16,6 +16,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 import lightning_tpgm.groups
@@ -58,12 +59,13 @@ class Enough(Exception):
 
 
 class Module(pl.LightningModule):
-    """A large matrix, and small vectors of one shape, of which one has no gradient in the first step."""
+    """Large and small tensors of several shapes; one has no gradient in the first step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.matrix = nn.Parameter(torch.zeros(SHARED, 3))
         self.vectors = nn.ParameterList(torch.zeros(3) for _ in range(4))
+        self.scales = nn.Parameter(torch.ones(2, 1))
 
     @override
     def cpu(self) -> Module:  # Lightning calls it at the end
@@ -71,7 +73,7 @@ class Module(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         used = list(self.vectors)[0 if batch_idx else 1 :]
-        return (batch * torch.stack(used).sum(0) @ self.matrix.T).square().mean()
+        return (batch * self.scales * torch.stack(used).sum(0) @ self.matrix.T).square().mean()
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
@@ -83,7 +85,7 @@ class Module(pl.LightningModule):
 
 
 class Arrivals(TorchFunctionMode):
-    """The sizes of what went from the host to the device."""
+    """The sizes of what went from the host to the device; nothing else has operands on both, as is possible here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,6 +94,8 @@ class Arrivals(TorchFunctionMode):
     @override
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+        assert len({operand.device for operand in operands}) <= 1, function
         if function is Tensor.to and args[0].is_cpu and result.is_meta:
             self.sizes.append(result.numel())
         return result

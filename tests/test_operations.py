@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchgen
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,14 +36,16 @@ def documented() -> dict[str, list[int]]:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is carried out; views and new memory are not."""
+    """Counts what is carried out; views and new memory are not. Notes the names of all."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.names: set[str] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function._schema.name
+        self.names.add(function.name().removeprefix("aten::"))
         self.count += not function.is_view and not any(word in name for word in NOT_LAUNCHED)
         return function(*args, **(kwargs or {}))
 
@@ -65,9 +68,9 @@ def plain_step(name: str) -> int:
 
 
 @torch.no_grad()
-def own_step(method: Any, name: str) -> int:
+def own_step(method: Any, module: nn.Module) -> Operations:
     """What a method adds to a plain step, or to the end of the fit."""
-    parameters = dict(model(name).named_parameters())
+    parameters = dict(module.named_parameters())
     anchors: dict[str, Tensor] = {name: torch.empty_like(parameter) for name, parameter in parameters.items()}
     if isinstance(method, TPGM):
         method.held_out = HeldOut()  # type: ignore[assignment]
@@ -85,12 +88,24 @@ def own_step(method: Any, name: str) -> int:
             method.after(tensors, step)
             if method.acts_at_end:
                 method.finish(tensors)
-    return operations.count
+    return operations
 
 
 @pytest.mark.parametrize("name", [*METHODS])
 def test_no_more_operations_than_documented(name: str) -> None:
-    assert [own_step(METHODS[name](), each) for each in MODELS] == documented()[name]
+    assert [own_step(METHODS[name](), model(each)).count for each in MODELS] == documented()[name]
+
+
+@pytest.mark.parametrize("name", [*METHODS])
+def test_apples_gpus_have_all_operations(name: str) -> None:
+    """By torch's own list: an operation of few devices would end every fit on the others."""
+    text = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
+    entries = {entry.partition("(")[0]: entry for entry in text.split("\n- func: ")}
+    wide, coarse = nn.Linear(4, 3, device="meta"), nn.Linear(4, 3, device="meta", dtype=torch.bfloat16)
+    for operation in own_step(METHODS[name](), nn.Sequential(wide, coarse)).names:
+        delegate = re.search(r"structured_delegate: (\S+)", entries[operation])
+        entry = entries[delegate[1] if delegate else operation]
+        assert "dispatch:" not in entry or re.search(r"\b(MPS|Composite\w+)\b", entry), operation
 
 
 def test_operations_of_a_plain_step_are_of_the_documented_size() -> None:
