@@ -29,6 +29,7 @@ FLOORS = (
         "norms",
         "projection",
         "blocks",
+        "groups",
         "layout",
         "sharding",
         "selection",
