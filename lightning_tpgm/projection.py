@@ -121,15 +121,26 @@ def project_inside(weight: Tensor, anchor: Tensor, ratio: Tensor, norm: Norm, ou
     high = deviation(upper, anchor).abs_()
     if norm == "l2":  # what adds up over a row
         target, low, high = target.square_(), low.square_(), high.square_()
-    total, step = (target - low).cumsum(dim=1), high - low  # a step of 0 leaves inf > inf, or nan > nan: not up
+    total, step = _running_sums(target - low), high - low  # a step of 0 leaves inf > inf, or nan > nan: not up
     before = total.roll(1, dims=1)  # not total - fraction, which is another after rounding
     before[:, :1] = 0
     up = total.div_(step).floor_() > before.div_(step).floor_()
     excess = torch.where(up, high, low).sub_(target).sum(dim=1, keepdim=True)
     gain = (high - low).mul_(up)
-    up &= gain.cumsum(dim=1).sub_(gain) >= excess
+    up &= _running_sums(gain).sub_(gain) >= excess
     projected = torch.where(up, upper, lower)
     return projected if out is None else out.copy_(projected)
+
+
+def _running_sums(values: Tensor) -> Tensor:
+    """The sum of each row up to every element, shape (R, L), of values that are not negative.
+
+    Whole numbers are added, so that the order does not matter. On a GPU running sums of floats are others each time:
+    copies of a weight on several processes would drift apart. With ``torch.use_deterministic_algorithms`` they are an
+    error.
+    """
+    unit = values.sum(dim=1, keepdim=True).mul_(2**-48).clamp_(min=torch.finfo(values.dtype).tiny)
+    return (values / unit).round_().to(torch.int64).cumsum(dim=1) * unit
 
 
 def _neighbour(values: Tensor, direction: Tensor) -> Tensor:

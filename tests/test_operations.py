@@ -13,6 +13,7 @@ import torch
 import torchgen
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods import TPGM, Step
@@ -36,16 +37,19 @@ def documented() -> dict[str, list[int]]:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is carried out; views and new memory are not. Notes the names of all."""
+    """Counts what is carried out; views and new memory are not. Notes the names of all, and those of floats."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
         self.names: set[str] = set()
+        self.of_floats: set[str] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function._schema.name
         self.names.add(function.name().removeprefix("aten::"))
+        if any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves((args, kwargs))):
+            self.of_floats.add(name.removeprefix("aten::"))
         self.count += not function.is_view and not any(word in name for word in NOT_LAUNCHED)
         return function(*args, **(kwargs or {}))
 
@@ -96,13 +100,27 @@ def test_no_more_operations_than_documented(name: str) -> None:
     assert [own_step(METHODS[name](), model(each)).count for each in MODELS] == documented()[name]
 
 
+def two_dtypes() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3, device="meta"), nn.Linear(4, 3, device="meta", dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", [*METHODS])
+def test_operations_give_the_same_each_time_on_a_gpu(name: str) -> None:
+    """By torch's own list: processes would drift apart, and ``Trainer(deterministic=True)`` makes it an error."""
+    _, listed = str(torch.use_deterministic_algorithms.__doc__).split(
+        "will throw a\n    :class:`RuntimeError` when ``mode"
+    )
+    random = {*re.findall(r"`torch\.(?:\w+\.)*(\w+)`", listed)} - {"scatter_reduce"}  # that of products is
+    assert {"cumsum", "put_"} < random
+    assert not random & own_step(METHODS[name](), two_dtypes()).of_floats
+
+
 @pytest.mark.parametrize("name", [*METHODS])
 def test_apples_gpus_have_all_operations(name: str) -> None:
     """By torch's own list: an operation of few devices would end every fit on the others."""
     text = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
     entries = {entry.partition("(")[0]: entry for entry in text.split("\n- func: ")}
-    wide, coarse = nn.Linear(4, 3, device="meta"), nn.Linear(4, 3, device="meta", dtype=torch.bfloat16)
-    for operation in own_step(METHODS[name](), nn.Sequential(wide, coarse)).names:
+    for operation in own_step(METHODS[name](), two_dtypes()).names:
         delegate = re.search(r"structured_delegate: (\S+)", entries[operation])
         entry = entries[delegate[1] if delegate else operation]
         assert "dispatch:" not in entry or re.search(r"\b(MPS|Composite\w+)\b", entry), operation
