@@ -52,16 +52,19 @@ def run(
     precision: str = "32-true",
     module: Classifier | None = None,
     optimizer: Callable[[Classifier], torch.optim.Optimizer] = sgd,
+    **options: Any,
 ) -> Classifier:
     """Four epochs of four steps; the module afterwards, on the CPU."""
     seed_everything(0)
     module = module or Classifier()
     module.configure_optimizers = lambda: optimizer(module)  # type: ignore[method-assign]
-    settings: dict[str, Any] = {"precision": precision}
     if precision == "16-mixed":  # a scale that skips no step
-        settings = {"plugins": [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device, init_scale=256.0))]}
+        scaler = torch.amp.GradScaler(device, init_scale=256.0)
+        options["plugins"] = [MixedPrecision("16-mixed", device, scaler)]
+    else:
+        options["precision"] = precision
     accelerator = "gpu" if device == "cuda" else "cpu"
-    trainer_in(tmp_path, accelerator=accelerator, callbacks=list(callbacks), max_epochs=4, **settings).fit(
+    trainer_in(tmp_path, accelerator=accelerator, callbacks=list(callbacks), max_epochs=4, **options).fit(
         module, Blobs()
     )
     return module.cpu()
@@ -95,6 +98,20 @@ def test_fused_optimizer(precision: str, device: str, tmp_path: Path) -> None:
     found = run(tmp_path, device, callback, precision=precision, optimizer=fused)
     assert_follows(found, run(tmp_path, "cpu", TPGMCallback(), optimizer=fused), PRECISIONS[precision])
     assert_inside_balls(found, callback.anchor, callback.radii)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", METHODS)
+def test_deterministic_run_of_16_bits(method: str, device: str, tmp_path: Path) -> None:
+    """Nothing that the method does is refused, and a second run ends at the same bits."""
+    try:
+        ends = [
+            run(tmp_path, device, METHODS[method](), precision="bf16-true", deterministic=True).state_dict()
+            for _ in range(2)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, *(end.values() for end in ends)))
 
 
 @pytest.mark.parametrize("device", DEVICES)
