@@ -112,9 +112,8 @@ class Constrained:
         return self._layout.arrange([local(anchor) for anchor in self._anchors])
 
     @cached_property
-    def spare(self) -> Matrices:
-        """Memory for weights that are to be kept while the parameters hold others."""
-        return [torch.empty_like(matrix) for matrix in self.weights()]
+    def _spare(self) -> list[Tensor | None]:
+        return self._layout.spare()
 
     @cached_property
     def _row_sizes(self) -> Tensor:
@@ -128,9 +127,18 @@ class Constrained:
         return self._layout.arrange(self._local())
 
     def keep(self) -> Matrices:
-        """The present weights, copied into the memory of `spare`."""
-        torch._foreach_copy_(self.spare, self.weights())
-        return self.spare
+        """The present weights, in memory of their own."""
+        weights = self.weights()
+        kept = self._own(weights)
+        pairs = [(own, weight) for own, weight in zip(kept, weights, strict=True) if own is not weight]
+        if pairs:
+            torch._foreach_copy_([own for own, _ in pairs], [weight for _, weight in pairs])
+        return kept
+
+    def _own(self, weights: Matrices) -> Matrices:
+        """Memory for these weights while the parameters hold others: small ones are in some already."""
+        pairs = zip(self._spare, weights, strict=True)
+        return [weight if spare is None else spare for spare, weight in pairs]
 
     def arrange(self, parts: Sequence[Tensor | None]) -> Matrices:
         """A list of this process's parts, one per tensor, as matrices; zeros for None."""
@@ -159,9 +167,13 @@ class Constrained:
 
     # ---- measuring; collective where tensors are split over processes
 
-    def rows(self, weights: Matrices, copies: Sequence[Tensor] = ()) -> Tensor:
-        """n, the distance of every row, shape (rows,); the weights are copied on the way, if that is asked for."""
-        return self.distances(self._layout.sums(weights, self.anchors, copies))
+    def rows(self, weights: Matrices) -> Tensor:
+        """n, the distance of every row, shape (rows,)."""
+        return self.distances(self._layout.sums(weights, self.anchors))
+
+    def rows_and_copies(self, weights: Matrices) -> tuple[Tensor, Matrices]:
+        """The same, and the weights in memory of their own, into which they are copied on the way."""
+        return self.distances(self._layout.sums(weights, self.anchors, self._spare)), self._own(weights)
 
     def step_sums(
         self,

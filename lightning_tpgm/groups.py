@@ -75,6 +75,7 @@ class Group:
         rows: How many all have.
         one_row: Whether that is one.
         roundoff: Half the eps of their dtype, 0 if it has 16 bits.
+        is_view: Whether the matrix is a view of a large tensor, not a copy.
     """
 
     def __init__(self, indices: list[int], tensors: Sequence[Tensor], norm: Norm) -> None:
@@ -86,7 +87,7 @@ class Group:
         self.one_row = self.rows == 1
         self.roundoff = 0.0 if is_coarse(first.dtype) else torch.finfo(first.dtype).eps / 2
         self._size, self._stride = first.size(), first.stride()
-        self._is_view = first.numel() >= SHARED and _row_by_row(first, self.rows, self._length)
+        self.is_view = first.numel() >= SHARED and _row_by_row(first, self.rows, self._length)
         self._zero = first.new_zeros(())
         self._block = _block(first) if self.one_row else max(1, _block(first) // max(1, self._length))
         self._is_block = (self._length if self.one_row else self.rows) <= self._block
@@ -111,7 +112,7 @@ class Group:
         if self.is_missing(tensors):
             return self._zero.expand(self.rows, self._length)
         mine = [tensors[index] for index in self.indices]
-        if not self._is_view:
+        if not self.is_view:
             return self._gather(mine)
         tensor = cast(Tensor, mine[0])
         if tensor.stride() != self._stride:  # the elements of all matrices are in the same order
@@ -120,12 +121,16 @@ class Group:
 
     def to_write(self, tensors: Sequence[Tensor | None], reads: bool) -> Tensor:
         """A matrix for new values of the tensors, which `write` brings there; with the present ones if these count."""
-        return self.arrange(tensors) if reads or self._is_view else self._zero.new_empty(self.rows, self._length)
+        return self.arrange(tensors) if reads or self.is_view else self.empty()
+
+    def empty(self) -> Tensor:
+        """Memory for a matrix."""
+        return self._zero.new_empty(self.rows, self._length)
 
     def write(self, matrix: Tensor, tensors: Sequence[Tensor | None]) -> None:
         """Bring the matrix into the tensors; None is left alone."""
         mine = [tensors[index] for index in self.indices]
-        if self._is_view:
+        if self.is_view:
             (tensor,) = mine
             if tensor is not None and tensor.data_ptr() != matrix.data_ptr():
                 tensor.copy_(matrix.as_strided(self._size, self._stride))

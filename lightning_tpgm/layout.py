@@ -67,9 +67,13 @@ class Layout:
         """The tensors as matrices: views of large ones, wherever they are, copies of small ones, zeros for None."""
         return [group.arrange(tensors) for group in self._groups]
 
+    def spare(self) -> list[Tensor | None]:
+        """Memory for a copy of each matrix of weights, None if `arrange` makes one already."""
+        return [group.empty() if group.is_view else None for group in self._groups]
+
     # ---- rows
 
-    def sums(self, weights: Matrices, anchors: Matrices, copies: Sequence[Tensor] = ()) -> Tensor:
+    def sums(self, weights: Matrices, anchors: Matrices, copies: Sequence[Tensor | None] = ()) -> Tensor:
         """What adds up to n of every row, see `lightning_tpgm.blocks.sums`; the weights are written into the copies."""
         return self._of_rows(partial(blocks.sums, norm=self._kind), weights, anchors, written=copies)
 

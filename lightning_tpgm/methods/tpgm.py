@@ -103,7 +103,7 @@ class TPGM(Method):
             return
         weights = tensors.weights()
         if updates:  # the parameters will hold projections
-            rows, weights = tensors.rows(weights, copies=tensors.spare), tensors.spare
+            rows, weights = tensors.rows_and_copies(weights)
         else:
             rows = tensors.rows(weights)
         largest = tensors.largest(rows)
