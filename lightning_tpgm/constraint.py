@@ -15,7 +15,7 @@ from lightning_tpgm.attached import Attached, Say, log_info
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods.method import Method, Step
 from lightning_tpgm.observing.reporter import Quantities
-from lightning_tpgm.optimizers import needs_unscaled_gradients, weights_for_evaluation, with_gradient
+from lightning_tpgm.optimizers import goes_up, needs_unscaled_gradients, weights_for_evaluation, with_gradient
 from lightning_tpgm.selection import check_dense
 from lightning_tpgm.steps import Steps
 
@@ -55,13 +55,17 @@ class Constraint(Attached):
 
         Raises:
             TypeError: If an optimizer has no hooks, or evaluates other weights than it steps.
+            ValueError: If it goes up the gradients that the method goes by.
         """
         optimizers = list(optimizers)
-        if not self.method.changes_gradients and not self.method.acts_at_end:
-            for optimizer in optimizers:
-                if why := weights_for_evaluation(self.title, optimizer):
-                    self.steps.stop()
-                    raise TypeError(why)
+        changes_weights = not self.method.changes_gradients and not self.method.acts_at_end
+        for optimizer in optimizers:
+            if changes_weights and (why := weights_for_evaluation(self.title, optimizer)):
+                self.steps.stop()
+                raise TypeError(why)
+            if self.method.reads_gradients and (why := goes_up(self.title, optimizer, self._candidates.values())):
+                self.steps.stop()
+                raise ValueError(why)
         self.steps.follow(optimizers)
 
     @torch.no_grad()

@@ -7,11 +7,22 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_tpgm import TPGMCallback
-from toys import Blobs, Classifier, blobs, trainer_in
+from lightning_tpgm import (
+    AnchorDecayCallback,
+    DiGraPCallback,
+    FTPCallback,
+    L2SPCallback,
+    SPDCallback,
+    TPGMCallback,
+    constrain,
+)
+from lightning_tpgm.callbacks.method import MethodCallback
+from properties import assert_same
+from toys import Blobs, Classifier, blobs, classifier_loss, trainer_in, weights_of
 
 
 class Named(NamedTuple):
@@ -48,3 +59,45 @@ def test_a_step_that_writes_to_its_batch_leaves_the_held_out_data_alone(kind: st
     assert written == [True, False] * 4
     assert torch.equal(x, before)
     assert not any(part.requires_grad for part in tree_leaves(held_out))
+
+
+# --- optimizers that go up ---
+
+
+class GoesUp(Classifier):
+    """Its step returns what is to be raised."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return -self.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        head = {"params": self.head.parameters(), "maximize": True}
+        return torch.optim.SGD([head, {"params": self.backbone.parameters(), "maximize": True}], lr=0.1)
+
+
+@pytest.mark.parametrize("make", [FTPCallback, DiGraPCallback, SPDCallback, L2SPCallback])
+def test_an_optimizer_that_goes_up_is_refused_by_what_goes_by_its_gradients(
+    make: type[MethodCallback], tmp_path: Path
+) -> None:
+    """The penalty of L2-SP would drive the weights away from the anchors, and FTP's radii would stay at their floor."""
+    refused = rf"^{make.__name__} takes gradients .* SGD has maximize=True\. Leave that out, and return the negative"
+    with pytest.raises(MisconfigurationException, match=refused):
+        trainer_in(tmp_path, callbacks=make(exclude=["head.*"]), max_epochs=1).fit(GoesUp(), Blobs())
+    optimizer = GoesUp().configure_optimizers()
+    module = nn.ModuleList(nn.ParameterList(group["params"]) for group in optimizer.param_groups)
+    method = make().make_method()
+    with pytest.raises(ValueError, match=r"has maximize=True"):
+        constrain(module, method, optimizer)
+    assert not optimizer._optimizer_step_pre_hooks
+
+    optimizer.param_groups[0]["maximize"] = False
+    constrain(module, method, optimizer, exclude=["1.*"])  # of what is not constrained it may
+
+
+@pytest.mark.parametrize("make", [AnchorDecayCallback, lambda: TPGMCallback(loss=classifier_loss)])
+def test_an_optimizer_that_goes_up_is_as_good_for_what_does_not(make: Any, tmp_path: Path) -> None:
+    found = []
+    for module in (GoesUp(), Classifier()):
+        trainer_in(tmp_path, callbacks=make(), max_epochs=1).fit(module, Blobs())
+        found.append(weights_of(module))
+    assert_same(*found)
