@@ -50,8 +50,8 @@ class Constraint(Attached):
 
     # ---- the steps of optimizers
 
-    def follow(self, optimizers: Iterable[Optimizer]) -> None:
-        """Act in the steps of these optimizers, and of no others any more.
+    def follow(self, optimizers: Iterable[Optimizer]) -> bool:
+        """Act in the steps of these optimizers, and of no others any more; says whether there are new ones.
 
         Raises:
             TypeError: If an optimizer has no hooks, or evaluates other weights than it steps.
@@ -66,7 +66,7 @@ class Constraint(Attached):
             if self.method.reads_gradients and (why := goes_up(self.title, optimizer, self._candidates.values())):
                 self.steps.stop()
                 raise ValueError(why)
-        self.steps.follow(optimizers)
+        return self.steps.follow(optimizers)
 
     @torch.no_grad()
     def before(self, step: Step) -> None:
@@ -138,7 +138,7 @@ class Constraint(Attached):
         """No step follows: methods that act at the end do so now, on all that is not frozen."""
         if self.tensors is not None:
             self.fetch()
-            self.find_buffers()
+            self.find_tensors()
             self.method.finish(self.tensors.not_frozen())
 
     def remove(self) -> None:

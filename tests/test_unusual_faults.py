@@ -18,6 +18,7 @@ from lightning_tpgm import (
     L2SPCallback,
     SPDCallback,
     TPGMCallback,
+    WiSEFTCallback,
     constrain,
 )
 from lightning_tpgm.callbacks.method import MethodCallback
@@ -100,4 +101,47 @@ def test_an_optimizer_that_goes_up_is_as_good_for_what_does_not(make: Any, tmp_p
     for module in (GoesUp(), Classifier()):
         trainer_in(tmp_path, callbacks=make(), max_epochs=1).fit(module, Blobs())
         found.append(weights_of(module))
+    assert_same(*found)
+
+
+# --- parameters that are exchanged ---
+
+
+class Exchanges(Classifier):
+    """Puts another parameter of the same value in the place of one at a step, with an optimizer that knows it."""
+
+    def __init__(self, step: int, frozen: bool) -> None:
+        super().__init__()
+        self.step = step
+        self.backbone.requires_grad_(not frozen)
+
+    def exchange(self) -> None:
+        if self.global_step == self.step:
+            old = self.backbone[0].weight
+            self.backbone[0].weight = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def on_train_epoch_start(self) -> None:
+        self.exchange()
+        if self.current_epoch == 2:
+            self.backbone.requires_grad_(True)
+
+
+METHODS = {
+    "TPGM": lambda: TPGMCallback(every_n_steps=1),
+    "TPGM at the end": lambda: TPGMCallback(when="fit_end", radius_steps=3),
+    **{make.__name__: make for make in (FTPCallback, DiGraPCallback, SPDCallback, L2SPCallback, WiSEFTCallback)},
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("step", [0, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parameter_that_is_exchanged_is_constrained(method: str, step: int, frozen: bool, tmp_path: Path) -> None:
+    """Its name is what stays: the run is the one in which nothing is exchanged."""
+    found = []
+    for at in (step, -1):
+        module, callback = Exchanges(at, frozen), METHODS[method]()
+        trainer_in(tmp_path, callbacks=callback, max_epochs=4).fit(module, Blobs())
+        found.append((weights_of(module), callback.anchor))
     assert_same(*found)
