@@ -175,13 +175,15 @@ class Anchors:
         """Constrain these in place of others of the same names; one of another shape has no anchor, and is left alone.
 
         Returns:
-            Whether there was any.
+            Whether there was any; those that wait do not count.
         """
-        others = {
-            name: tensor
-            for name, old in self.parameters.items()
-            if (tensor := present.get(name, old)) is not old and tensor.shape == old.shape
-        }
+
+        def others_than(known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = {name: (old, present.get(name, old)) for name, old in known.items()}
+            return {name: new for name, (old, new) in found.items() if new is not old and new.shape == old.shape}
+
+        self._frozen |= others_than(self._frozen)
+        others = others_than(self.parameters)
         self.joined |= {name: self._captured(self.joined[name], tensor) for name, tensor in others.items()}
         self.parameters |= others
         return bool(others)

@@ -18,7 +18,8 @@ from lightning_tpgm.observing.leaving import too_long_for_max_norm
 from lightning_tpgm.observing.reporter import Reporter
 from lightning_tpgm.observing.shown import Shown
 from lightning_tpgm.references import AnchorFile, moved, named, put_back
-from lightning_tpgm.selection import buffers_of
+from lightning_tpgm.selection import tensors_of
+from lightning_tpgm.sharding import reshard
 
 Say = Callable[[str], None]
 Tensors = Mapping[str, Tensor]  # by name
@@ -143,11 +144,16 @@ class Attached(Shown):
         return self.tensors
 
     def find_buffers(self) -> None:
+        """See `find_tensors`; parameters are looked for when an epoch or an optimizer is new, and at the end."""
+        if self.method.constrains_buffers:
+            self.find_tensors()
+
+    def find_tensors(self) -> None:
         """Training, or a move to another device, may have put other tensors in their place: names are what stays."""
-        if self._model is None or not self.method.constrains_buffers:
-            return
-        if self.anchors.replace(buffers_of(self._model)):
-            self._arrange()
+        if self._model is not None:
+            reshard(self._model)
+            if self.anchors.replace(tensors_of(self._model)):
+                self._arrange()
 
     def fetch(self) -> None:
         """Bring the anchors that were put aside to where they are used."""

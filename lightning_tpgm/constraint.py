@@ -15,7 +15,7 @@ from lightning_tpgm.attached import Attached, Say, log_info
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods.method import Method, Step
 from lightning_tpgm.observing.reporter import Quantities
-from lightning_tpgm.optimizers import needs_unscaled_gradients, weights_for_evaluation, with_gradient
+from lightning_tpgm.optimizers import goes_up, needs_unscaled_gradients, weights_for_evaluation, with_gradient
 from lightning_tpgm.selection import check_dense
 from lightning_tpgm.steps import Steps
 
@@ -50,19 +50,23 @@ class Constraint(Attached):
 
     # ---- the steps of optimizers
 
-    def follow(self, optimizers: Iterable[Optimizer]) -> None:
-        """Act in the steps of these optimizers, and of no others any more.
+    def follow(self, optimizers: Iterable[Optimizer]) -> bool:
+        """Act in the steps of these optimizers, and of no others any more; says whether there are new ones.
 
         Raises:
             TypeError: If an optimizer has no hooks, or evaluates other weights than it steps.
+            ValueError: If it goes up the gradients that the method goes by.
         """
         optimizers = list(optimizers)
-        if not self.method.changes_gradients and not self.method.acts_at_end:
-            for optimizer in optimizers:
-                if why := weights_for_evaluation(self.title, optimizer):
-                    self.steps.stop()
-                    raise TypeError(why)
-        self.steps.follow(optimizers)
+        changes_weights = not self.method.changes_gradients and not self.method.acts_at_end
+        for optimizer in optimizers:
+            if changes_weights and (why := weights_for_evaluation(self.title, optimizer)):
+                self.steps.stop()
+                raise TypeError(why)
+            if self.method.reads_gradients and (why := goes_up(self.title, optimizer, self._candidates.values())):
+                self.steps.stop()
+                raise ValueError(why)
+        return self.steps.follow(optimizers)
 
     @torch.no_grad()
     def before(self, step: Step) -> None:
@@ -134,7 +138,7 @@ class Constraint(Attached):
         """No step follows: methods that act at the end do so now, on all that is not frozen."""
         if self.tensors is not None:
             self.fetch()
-            self.find_buffers()
+            self.find_tensors()
             self.method.finish(self.tensors.not_frozen())
 
     def remove(self) -> None:

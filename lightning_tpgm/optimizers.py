@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -80,6 +81,17 @@ def needs_unscaled_gradients(title: str, optimizer: Optimizer) -> str:
         f"{title} needs unscaled gradients, but {type(optimizer).__name__} unscales them"
         " inside its step (it is fused, and the precision is 16-mixed). Pass fused=False to the optimizer,"
         " or precision='bf16-mixed' to the Trainer."
+    )
+
+
+def goes_up(title: str, optimizer: Any, tensors: Iterable[Tensor]) -> str | None:
+    """Why methods that go by gradients refuse an optimizer that raises a value by these tensors; None: it does not."""
+    up = {id(p) for group in unwrapped(optimizer).param_groups if group.get("maximize") for p in group["params"]}
+    if up.isdisjoint(map(id, tensors)):
+        return None
+    return (
+        f"{title} takes gradients for those of a loss that goes down, and {type(optimizer).__name__} has maximize=True."
+        " Leave that out, and return the negative value as the loss."
     )
 
 

@@ -78,6 +78,12 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in found.items() if _has_distance(buffer)}
 
 
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and the buffers that `constrainable` may have, by all of their names."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**{clean_name(name): parameter for name, parameter in parameters}, **buffers_of(module)}
+
+
 def _has_distance(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.layout is torch.strided and tensor.numel() > 0
 

@@ -40,11 +40,15 @@ class Steps:
         self.optimizers: list[Optimizer] = []
         self.any_seen = False
 
-    def follow(self, optimizers: Iterable[Optimizer]) -> None:
-        """Follow these optimizers, and no others any more; of wrappers without hooks of their own what they wrap."""
+    def follow(self, optimizers: Iterable[Optimizer]) -> bool:
+        """Follow these optimizers, and no others any more; of wrappers without hooks of their own what they wrap.
+
+        Returns:
+            Whether there are new ones.
+        """
         found = [*{id(found): found for found in map(unwrapped, optimizers)}.values()]  # each once
         if [*map(id, found)] == [*map(id, self.optimizers)]:
-            return
+            return False
         self.stop()
         for optimizer in found:
             if not has_hooks(optimizer):
@@ -60,6 +64,7 @@ class Steps:
                 optimizer.register_step_pre_hook(self._begins(index)),
                 optimizer.register_step_post_hook(self._ends(index)),
             ]
+        return True
 
     def stop(self) -> None:
         """Follow no optimizer any more."""

@@ -187,12 +187,12 @@ def test_two_that_the_module_brings_are_refused() -> None:
 
 @pytest.mark.parametrize("make", ALL)
 def test_two_of_one_method_for_disjoint_tensors(make: type[Any]) -> None:
-    """Each acts on its own ones, as one callback for all of them does."""
+    """Each acts on its own ones, as one callback for all of them does, but for the order of sums."""
     torch.manual_seed(0)
     both = trained(make(exclude=HEAD), make(exclude=REST))
     if make is TPGMCallback:  # each draws held-out batches of its own, at weights that the other has not projected yet
         return
-    assert_same(state(both), state(trained(make())))
+    torch.testing.assert_close(state(both), state(trained(make())), rtol=0, atol=1e-7)
 
 
 def test_a_refused_pair_at_two_moments_is_none() -> None:

@@ -82,7 +82,7 @@ class HeldOutLoss:
 
     def _value(self, trainer: pl.Trainer, pl_module: pl.LightningModule, drawn: HeldOutBatch) -> Tensor | None:
         with explained(self._evaluation(drawn)), _validating(trainer):
-            drawn = drawn._replace(batch=to_device(trainer, pl_module, drawn.batch, drawn.dataloader_idx))
+            drawn = drawn._replace(batch=_copied(to_device(trainer, pl_module, drawn.batch, drawn.dataloader_idx)))
         with explained(self._evaluation(drawn)), trainer.precision_plugin.train_step_context():
             if self.loss is None:
                 output: Any = _run_step(pl_module.training_step, drawn)
@@ -132,6 +132,17 @@ def _validating(trainer: pl.Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.state.stage = stage
+
+
+def _copied(value: Any) -> Any:
+    """A batch with tensors of its own: those of the loader may be views of its data, and the step may write to them."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if type(value) is dict:
+        return {key: _copied(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return value._make(map(_copied, value)) if isinstance(value, tuple) and hasattr(value, "_make") else value
 
 
 def _loss_scale(trainer: pl.Trainer, loss: Tensor) -> Tensor | None:

@@ -127,9 +127,9 @@ class MethodCallback(Asked, PlainCopies, Callback):
         self._saw_batch = False
         self._follow(trainer)
 
-    def _follow(self, trainer: pl.Trainer) -> None:
+    def _follow(self, trainer: pl.Trainer) -> bool:
         with configuration_errors():
-            self._constraint.follow(trainer.optimizers)
+            return self._constraint.follow(trainer.optimizers)
 
     def _join(self, stepped: Collection[int] = ()) -> None:
         """Take in what has thawed or is stepped, unless another callback acts on it that does not go with this one."""
@@ -155,11 +155,12 @@ class MethodCallback(Asked, PlainCopies, Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Follows optimizers that were replaced, and takes in parameters that were unfrozen, since the last batch."""
-        if not self._saw_batch:
+        """Follows what was replaced, and takes in parameters that were unfrozen, since the last batch."""
+        begins, self._saw_batch = not self._saw_batch, True
+        if self._follow(trainer) or begins:
+            self._constraint.find_tensors()
+        if begins:
             self._constraint.retake(buffers=True)
-        self._saw_batch = True
-        self._follow(trainer)
         self._join()
 
     @override

@@ -1,0 +1,147 @@
+"""Faults that only unusual ways of training show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_tpgm import (
+    AnchorDecayCallback,
+    DiGraPCallback,
+    FTPCallback,
+    L2SPCallback,
+    SPDCallback,
+    TPGMCallback,
+    WiSEFTCallback,
+    constrain,
+)
+from lightning_tpgm.callbacks.method import MethodCallback
+from properties import assert_same
+from toys import Blobs, Classifier, blobs, classifier_loss, trainer_in, weights_of
+
+
+class Named(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+# --- batches that are views of their data ---
+
+BATCHES: dict[str, Any] = {
+    "list": lambda x, y: [x, y],
+    "tuple": lambda x, y: (x, y),
+    "dict": lambda x, y: {"x": x, "y": y},
+    "named": Named,
+    "nested": lambda x, y: [{"x": (x,)}, y],
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_a_step_that_writes_to_its_batch_leaves_the_held_out_data_alone(kind: str, tmp_path: Path) -> None:
+    x, y = blobs(16, seed=2)[:]
+    before, written = x.clone(), []
+
+    class Writes(Classifier):
+        def loss(self, batch: Any) -> Tensor:
+            x, y = tree_leaves(batch)
+            x.add_(torch.randn_like(x)).requires_grad_()
+            written.append(self.training)
+            return super().loss((x, y))
+
+    held_out = [BATCHES[kind](x[:8], y[:8]), BATCHES[kind](x[8:], y[8:])]
+    callback = TPGMCallback(held_out, every_n_steps=1)
+    trainer_in(tmp_path, callbacks=callback, max_epochs=1, limit_val_batches=0).fit(Writes(), Blobs())
+    assert written == [True, False] * 4
+    assert torch.equal(x, before)
+    assert not any(part.requires_grad for part in tree_leaves(held_out))
+
+
+# --- optimizers that go up ---
+
+
+class GoesUp(Classifier):
+    """Its step returns what is to be raised."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return -self.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        head = {"params": self.head.parameters(), "maximize": True}
+        return torch.optim.SGD([head, {"params": self.backbone.parameters(), "maximize": True}], lr=0.1)
+
+
+@pytest.mark.parametrize("make", [FTPCallback, DiGraPCallback, SPDCallback, L2SPCallback])
+def test_an_optimizer_that_goes_up_is_refused_by_what_goes_by_its_gradients(
+    make: type[MethodCallback], tmp_path: Path
+) -> None:
+    """The penalty of L2-SP would drive the weights away from the anchors, and FTP's radii would stay at their floor."""
+    refused = rf"^{make.__name__} takes gradients .* SGD has maximize=True\. Leave that out, and return the negative"
+    with pytest.raises(MisconfigurationException, match=refused):
+        trainer_in(tmp_path, callbacks=make(exclude=["head.*"]), max_epochs=1).fit(GoesUp(), Blobs())
+    optimizer = GoesUp().configure_optimizers()
+    module = nn.ModuleList(nn.ParameterList(group["params"]) for group in optimizer.param_groups)
+    method = make().make_method()
+    with pytest.raises(ValueError, match=r"has maximize=True"):
+        constrain(module, method, optimizer)
+    assert not optimizer._optimizer_step_pre_hooks
+
+    optimizer.param_groups[0]["maximize"] = False
+    constrain(module, method, optimizer, exclude=["1.*"])  # of what is not constrained it may
+
+
+@pytest.mark.parametrize("make", [AnchorDecayCallback, lambda: TPGMCallback(loss=classifier_loss)])
+def test_an_optimizer_that_goes_up_is_as_good_for_what_does_not(make: Any, tmp_path: Path) -> None:
+    found = []
+    for module in (GoesUp(), Classifier()):
+        trainer_in(tmp_path, callbacks=make(), max_epochs=1).fit(module, Blobs())
+        found.append(weights_of(module))
+    assert_same(*found)
+
+
+# --- parameters that are exchanged ---
+
+
+class Exchanges(Classifier):
+    """Puts another parameter of the same value in the place of one at a step, with an optimizer that knows it."""
+
+    def __init__(self, step: int, frozen: bool) -> None:
+        super().__init__()
+        self.step = step
+        self.backbone.requires_grad_(not frozen)
+
+    def exchange(self) -> None:
+        if self.global_step == self.step:
+            old = self.backbone[0].weight
+            self.backbone[0].weight = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def on_train_epoch_start(self) -> None:
+        self.exchange()
+        if self.current_epoch == 2:
+            self.backbone.requires_grad_(True)
+
+
+METHODS = {
+    "TPGM": lambda: TPGMCallback(every_n_steps=1),
+    "TPGM at the end": lambda: TPGMCallback(when="fit_end", radius_steps=3),
+    **{make.__name__: make for make in (FTPCallback, DiGraPCallback, SPDCallback, L2SPCallback, WiSEFTCallback)},
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("step", [0, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parameter_that_is_exchanged_is_constrained(method: str, step: int, frozen: bool, tmp_path: Path) -> None:
+    """Its name is what stays: the run is the one in which nothing is exchanged."""
+    found = []
+    for at in (step, -1):
+        module, callback = Exchanges(at, frozen), METHODS[method]()
+        trainer_in(tmp_path, callbacks=callback, max_epochs=4).fit(module, Blobs())
+        found.append((weights_of(module), callback.anchor))
+    assert_same(*found)
