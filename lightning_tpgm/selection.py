@@ -79,9 +79,8 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, and the buffers that `constrainable` may have, by all of their names."""
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {**{clean_name(name): parameter for name, parameter in parameters}, **buffers_of(module)}
+    """Parameters by their first names, as in `constrainable`, and the buffers that it may have."""
+    return {**{clean_name(name): parameter for name, parameter in module.named_parameters()}, **buffers_of(module)}
 
 
 def _has_distance(tensor: Tensor) -> bool:

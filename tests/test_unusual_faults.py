@@ -22,7 +22,7 @@ from lightning_tpgm import (
     constrain,
 )
 from lightning_tpgm.callbacks.method import MethodCallback
-from properties import assert_same
+from properties import assert_inside_balls, assert_same
 from toys import Blobs, Classifier, blobs, classifier_loss, trainer_in, weights_of
 
 
@@ -60,6 +60,26 @@ def test_a_step_that_writes_to_its_batch_leaves_the_held_out_data_alone(kind: st
     assert written == [True, False] * 4
     assert torch.equal(x, before)
     assert not any(part.requires_grad for part in tree_leaves(held_out))
+
+
+def test_a_hook_that_transfers_batches_may_have_parameters(tmp_path: Path) -> None:
+    """The loss depends on them by the batch."""
+
+    class InHook(Classifier):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            x, y = batch
+            return self.backbone(x), y
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x)
+
+    found = []
+    for module in (InHook(), Classifier()):
+        callback, data = TPGMCallback(every_n_steps=1), Blobs()
+        trainer = trainer_in(tmp_path, callbacks=callback, max_epochs=2)
+        trainer.fit(module, data.train_dataloader(), data.val_dataloader())
+        found.append((weights_of(module), callback.radii))
+    assert_same(*found)
 
 
 # --- optimizers that go up ---
@@ -145,3 +165,26 @@ def test_a_parameter_that_is_exchanged_is_constrained(method: str, step: int, fr
         trainer_in(tmp_path, callbacks=callback, max_epochs=4).fit(module, Blobs())
         found.append((weights_of(module), callback.anchor))
     assert_same(*found)
+
+
+def test_a_parameter_that_is_tied_to_another_one_counts_once(tmp_path: Path) -> None:
+    """It stays in the ball of its first name; that of the other name is the ball of what is no more in the module."""
+
+    class Ties(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+
+        def loss(self, batch: Any) -> Tensor:
+            first, second = self.layers
+            return super().loss(batch) + second(first(torch.ones(1, 3))).square().sum()
+
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.layers[1].weight = self.layers[0].weight
+
+    module, callback = Ties(), TPGMCallback(every_n_steps=1)
+    trainer_in(tmp_path, callbacks=callback, max_epochs=3).fit(module, Blobs())
+    assert "layers.1.weight" not in dict(module.named_parameters())
+    del (radii := callback.radii)["layers.1.weight"]
+    assert_inside_balls(module, callback.anchor, radii)

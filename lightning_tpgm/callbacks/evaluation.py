@@ -137,7 +137,8 @@ def _validating(trainer: pl.Trainer) -> Iterator[None]:
 def _copied(value: Any) -> Any:
     """A batch with tensors of its own: those of the loader may be views of its data, and the step may write to them."""
     if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_(value.requires_grad)
+        # what a transfer hook has computed keeps its graph, which may lead to parameters
+        return value.detach().clone().requires_grad_(value.requires_grad) if value.is_leaf else value.clone()
     if type(value) is dict:
         return {key: _copied(part) for key, part in value.items()}
     if type(value) in (list, tuple):
