@@ -18,7 +18,7 @@ from lightning_tpgm.observing.leaving import too_long_for_max_norm
 from lightning_tpgm.observing.reporter import Reporter
 from lightning_tpgm.observing.shown import Shown
 from lightning_tpgm.references import AnchorFile, moved, named, put_back
-from lightning_tpgm.selection import tensors_of
+from lightning_tpgm.selection import buffers_of, tensors_of
 from lightning_tpgm.sharding import reshard
 
 Say = Callable[[str], None]
@@ -144,16 +144,21 @@ class Attached(Shown):
         return self.tensors
 
     def find_buffers(self) -> None:
-        """See `find_tensors`; parameters are looked for when an epoch or an optimizer is new, and at the end."""
-        if self.method.constrains_buffers:
-            self.find_tensors()
+        """Training, or a move to another device, may have put others in their place: names are what stays."""
+        if self._model is not None and self.method.constrains_buffers:
+            self._replace(buffers_of(self._model))
 
     def find_tensors(self) -> None:
-        """Training, or a move to another device, may have put other tensors in their place: names are what stays."""
+        """The same of parameters, too: when an epoch or an optimizer is new, and at the end. FSDP2 modules let go."""
         if self._model is not None:
             reshard(self._model)
-            if self.anchors.replace(tensors_of(self._model)):
-                self._arrange()
+            self._replace(tensors_of(self._model))
+
+    def _replace(self, present: Tensors) -> None:
+        pairs = {name: (old, present.get(name, old)) for name, old in self._candidates.items()}
+        self._candidates = {name: new if new.shape == old.shape else old for name, (old, new) in pairs.items()}
+        if self.anchors.replace(present):
+            self._arrange()
 
     def fetch(self) -> None:
         """Bring the anchors that were put aside to where they are used."""

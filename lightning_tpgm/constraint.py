@@ -50,23 +50,27 @@ class Constraint(Attached):
 
     # ---- the steps of optimizers
 
-    def follow(self, optimizers: Iterable[Optimizer]) -> bool:
-        """Act in the steps of these optimizers, and of no others any more; says whether there are new ones.
+    def follow(self, optimizers: Iterable[Optimizer]) -> None:
+        """Act in the steps of these optimizers, and of no others any more.
 
         Raises:
             TypeError: If an optimizer has no hooks, or evaluates other weights than it steps.
-            ValueError: If it goes up the gradients that the method goes by.
+            ValueError: If it raises what the method takes for a loss.
         """
         optimizers = list(optimizers)
+        if self.steps.follows(optimizers):
+            return
+        self.find_tensors()
         changes_weights = not self.method.changes_gradients and not self.method.acts_at_end
         for optimizer in optimizers:
             if changes_weights and (why := weights_for_evaluation(self.title, optimizer)):
                 self.steps.stop()
                 raise TypeError(why)
-            if self.method.reads_gradients and (why := goes_up(self.title, optimizer, self._candidates.values())):
+            takes_for_loss = self.method.reads_gradients or self.method.lowers_loss
+            if takes_for_loss and (why := goes_up(self.title, optimizer, self._candidates.values())):
                 self.steps.stop()
                 raise ValueError(why)
-        return self.steps.follow(optimizers)
+        self.steps.follow(optimizers)
 
     @torch.no_grad()
     def before(self, step: Step) -> None:

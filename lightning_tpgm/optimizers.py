@@ -85,13 +85,13 @@ def needs_unscaled_gradients(title: str, optimizer: Optimizer) -> str:
 
 
 def goes_up(title: str, optimizer: Any, tensors: Iterable[Tensor]) -> str | None:
-    """Why methods that go by gradients refuse an optimizer that raises a value by these tensors; None: it does not."""
+    """Why methods that go by its loss refuse an optimizer that raises a value by these tensors; None: it does not."""
     up = {id(p) for group in unwrapped(optimizer).param_groups if group.get("maximize") for p in group["params"]}
     if up.isdisjoint(map(id, tensors)):
         return None
     return (
-        f"{title} takes gradients for those of a loss that goes down, and {type(optimizer).__name__} has maximize=True."
-        " Leave that out, and return the negative value as the loss."
+        f"{title} goes by a loss that is lowered, and {type(optimizer).__name__} has maximize=True. Leave that out, and"
+        " return the negative value as the loss."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -74,13 +74,16 @@ def constrainable(module: nn.Module, exclude: Sequence[str] = (), buffers: bool 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
     """The buffers that `constrainable` may have, by all of their names."""
-    found = {clean_name(name): buffer for name, buffer in module.named_buffers(remove_duplicate=False)}
-    return {name: buffer for name, buffer in found.items() if _has_distance(buffer)}
+    return _with_distance(module.named_buffers(remove_duplicate=False))
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters by their first names, as in `constrainable`, and the buffers that it may have."""
-    return {**{clean_name(name): parameter for name, parameter in module.named_parameters()}, **buffers_of(module)}
+    return {**_with_distance(module.named_parameters()), **buffers_of(module)}
+
+
+def _with_distance(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {clean_name(name): tensor for name, tensor in named if _has_distance(tensor)}
 
 
 def _has_distance(tensor: Tensor) -> bool:

@@ -40,15 +40,13 @@ class Steps:
         self.optimizers: list[Optimizer] = []
         self.any_seen = False
 
-    def follow(self, optimizers: Iterable[Optimizer]) -> bool:
-        """Follow these optimizers, and no others any more; of wrappers without hooks of their own what they wrap.
+    def follows(self, optimizers: Iterable[Optimizer]) -> bool:
+        """Whether these are the ones that are followed."""
+        return [*map(id, _each(optimizers))] == [*map(id, self.optimizers)]
 
-        Returns:
-            Whether there are new ones.
-        """
-        found = [*{id(found): found for found in map(unwrapped, optimizers)}.values()]  # each once
-        if [*map(id, found)] == [*map(id, self.optimizers)]:
-            return False
+    def follow(self, optimizers: Iterable[Optimizer]) -> None:
+        """Follow these optimizers, and no others any more; of wrappers without hooks of their own what they wrap."""
+        found = _each(optimizers)
         self.stop()
         for optimizer in found:
             if not has_hooks(optimizer):
@@ -64,7 +62,6 @@ class Steps:
                 optimizer.register_step_pre_hook(self._begins(index)),
                 optimizer.register_step_post_hook(self._ends(index)),
             ]
-        return True
 
     def stop(self) -> None:
         """Follow no optimizer any more."""
@@ -114,6 +111,11 @@ class Steps:
                 self._after(Step(optimizer, index))
 
         return ends
+
+
+def _each(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """What is stepped in the end, each once."""
+    return [*{id(found): found for found in map(unwrapped, optimizers)}.values()]
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:

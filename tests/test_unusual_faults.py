@@ -101,7 +101,7 @@ def test_an_optimizer_that_goes_up_is_refused_by_what_goes_by_its_gradients(
     make: type[MethodCallback], tmp_path: Path
 ) -> None:
     """The penalty of L2-SP would drive the weights away from the anchors, and FTP's radii would stay at their floor."""
-    refused = rf"^{make.__name__} takes gradients .* SGD has maximize=True\. Leave that out, and return the negative"
+    refused = rf"^{make.__name__} goes by a loss .* SGD has maximize=True\. Leave that out, and return the negative"
     with pytest.raises(MisconfigurationException, match=refused):
         trainer_in(tmp_path, callbacks=make(exclude=["head.*"]), max_epochs=1).fit(GoesUp(), Blobs())
     optimizer = GoesUp().configure_optimizers()
@@ -113,6 +113,28 @@ def test_an_optimizer_that_goes_up_is_refused_by_what_goes_by_its_gradients(
 
     optimizer.param_groups[0]["maximize"] = False
     constrain(module, method, optimizer, exclude=["1.*"])  # of what is not constrained it may
+
+
+@pytest.mark.parametrize("when", ["training", "fit_end"])
+def test_an_optimizer_that_goes_up_is_refused_where_radii_lower_what_it_raises(when: Any, tmp_path: Path) -> None:
+    """They would all end at their floor."""
+    with pytest.raises(MisconfigurationException, match="TPGMCallback goes by a loss that is lowered, and SGD has"):
+        trainer_in(tmp_path, callbacks=TPGMCallback(when=when), max_epochs=1).fit(GoesUp(), Blobs())
+
+
+def test_a_new_optimizer_that_goes_up_over_exchanged_parameters_is_refused(tmp_path: Path) -> None:
+    class Turns(Exchanges):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1, maximize=self.global_step > 0)
+
+        def exchange(self) -> None:
+            if self.global_step == self.step:
+                for layer in (self.backbone[0], self.head):
+                    layer.weight, layer.bias = nn.Parameter(layer.weight.data), nn.Parameter(layer.bias.data)
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    with pytest.raises(MisconfigurationException, match="FTPCallback goes by a loss"):
+        trainer_in(tmp_path, callbacks=FTPCallback(), max_epochs=2).fit(Turns(4, False), Blobs())
 
 
 @pytest.mark.parametrize("make", [AnchorDecayCallback, lambda: TPGMCallback(loss=classifier_loss)])

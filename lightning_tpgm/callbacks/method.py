@@ -127,9 +127,9 @@ class MethodCallback(Asked, PlainCopies, Callback):
         self._saw_batch = False
         self._follow(trainer)
 
-    def _follow(self, trainer: pl.Trainer) -> bool:
+    def _follow(self, trainer: pl.Trainer) -> None:
         with configuration_errors():
-            return self._constraint.follow(trainer.optimizers)
+            self._constraint.follow(trainer.optimizers)
 
     def _join(self, stepped: Collection[int] = ()) -> None:
         """Take in what has thawed or is stepped, unless another callback acts on it that does not go with this one."""
@@ -157,9 +157,9 @@ class MethodCallback(Asked, PlainCopies, Callback):
     ) -> None:
         """Follows what was replaced, and takes in parameters that were unfrozen, since the last batch."""
         begins, self._saw_batch = not self._saw_batch, True
-        if self._follow(trainer) or begins:
-            self._constraint.find_tensors()
+        self._follow(trainer)
         if begins:
+            self._constraint.find_tensors()
             self._constraint.retake(buffers=True)
         self._join()
 

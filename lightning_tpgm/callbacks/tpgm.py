@@ -113,6 +113,7 @@ class TPGMCallback(WithRadii, MethodCallback):
         """TPGM that learns from this callback's held-out data."""
         tpgm: TPGM = super().make_method()
         tpgm.held_out = HeldOutGradient(self.dataloader, self.loss, self.eval_mode)
+        tpgm.lowers_loss = self.loss is None
         return tpgm
 
     # ---- Lightning's hooks

@@ -51,6 +51,7 @@ class Method:
         norm: What a distance is.
         reads_gradients: Whether it needs the gradients that the optimizer uses, unscaled.
         changes_gradients: Whether `change_gradients` does something; then `reads_gradients` is true as well.
+        lowers_loss: Whether what it learns lowers the loss of a training step.
         has_radii: Whether it keeps each tensor inside a ball of its own after every step.
         acts_at_end: Whether it acts once, in `finish`, and never after a step.
         constrains_buffers: Whether buffers are constrained as well.
@@ -59,6 +60,7 @@ class Method:
     norm: Norm = "l2"
     reads_gradients: bool = False
     changes_gradients: bool = False
+    lowers_loss: bool = False
     has_radii: bool = False
     acts_at_end: bool = False
     constrains_buffers: bool = False
