@@ -177,13 +177,8 @@ class Anchors:
         Returns:
             Whether there was any; those that wait do not count.
         """
-
-        def others_than(known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            found = {name: (old, present.get(name, old)) for name, old in known.items()}
-            return {name: new for name, (old, new) in found.items() if new is not old and new.shape == old.shape}
-
-        self._frozen |= others_than(self._frozen)
-        others = others_than(self.parameters)
+        self._frozen |= exchanged(self._frozen, present)
+        others = exchanged(self.parameters, present)
         self.joined |= {name: self._captured(self.joined[name], tensor) for name, tensor in others.items()}
         self.parameters |= others
         return bool(others)
@@ -245,6 +240,12 @@ def capture(value: Tensor, parameter: Tensor, device: AnchorDevice = None) -> Te
         anchor = torch.empty_like(parameter, requires_grad=False, device=device, pin_memory=pinned)
         local(anchor).copy_(split_like(value, parameter))
         return anchor
+
+
+def exchanged(known: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that are present in the place of known ones, of the same names and shapes."""
+    found = {name: (old, present.get(name, old)) for name, old in known.items()}
+    return {name: new for name, (old, new) in found.items() if new is not old and new.shape == old.shape}
 
 
 def to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_tpgm.anchors import AnchorDevice, Anchors, Place
+from lightning_tpgm.anchors import AnchorDevice, Anchors, Place, exchanged
 from lightning_tpgm.constrained import Constrained, gathering
 from lightning_tpgm.methods.method import Method
 from lightning_tpgm.observing.leaving import too_long_for_max_norm
@@ -155,8 +155,7 @@ class Attached(Shown):
             self._replace(tensors_of(self._model))
 
     def _replace(self, present: Tensors) -> None:
-        pairs = {name: (old, present.get(name, old)) for name, old in self._candidates.items()}
-        self._candidates = {name: new if new.shape == old.shape else old for name, (old, new) in pairs.items()}
+        self._candidates = {**self._candidates, **exchanged(self._candidates, present)}
         if self.anchors.replace(present):
             self._arrange()
 

@@ -159,11 +159,12 @@ class MixedGroup(Group):
         device = self._zero.device
         self._sources = _sources(used).flatten().to(device)
         self._places = used.flatten().nonzero().squeeze(1).to(device)
+        self._is_even = len(set(self.counts)) == 1
         self._rows_of = _sources(torch.arange(max(self.counts)) < counts.unsqueeze(1)).to(device)
 
     @override
     def total(self, rows: Tensor) -> Tensor:
-        if len(set(self.counts)) == 1:
+        if self._is_even:
             return super().total(rows)
         return pad(rows, (0, 1))[..., self._rows_of].sum(dim=-1)
 

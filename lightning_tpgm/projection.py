@@ -121,10 +121,8 @@ def project_inside(weight: Tensor, anchor: Tensor, ratio: Tensor, norm: Norm, ou
     high = deviation(upper, anchor).abs_()
     if norm == "l2":  # what adds up over a row
         target, low, high = target.square_(), low.square_(), high.square_()
-    total, step = (
-        _running_sums((target - low).clamp_(min=0)),
-        high - low,
-    )  # a step of 0 leaves inf > inf, or nan > nan: not up
+    total = _running_sums((target - low).clamp_(min=0))
+    step = high - low  # where it is 0 it leaves inf > inf, or nan > nan: not up
     before = total.roll(1, dims=1)  # not total - fraction, which is another after rounding
     before[:, :1] = 0
     up = total.div_(step).floor_() > before.div_(step).floor_()

@@ -74,6 +74,10 @@ LOSSES = {"at the best temperature": at_best_temperature, "missing probability":
 """What radii are learned from, instead of the module's own loss; for classifiers."""
 
 
+IDEAS = (*LEADS, *LOSSES)
+"""All that TPGM is tried with while training."""
+
+
 class Lead(TPGMCallback):
     """TPGM with the radii of an idea.
 

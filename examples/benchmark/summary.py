@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import targets
-from leads import FROM_SWEEP, LEADS, LOSSES
+from leads import FROM_SWEEP, IDEAS
 from lightning_tpgm.observing.plotting import name_lines
 from losses import COMPARED
 from methods import AFTER, CADENCES, EMA, FIXED_RATES, FTP, L2_SP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
@@ -202,13 +202,13 @@ def cadence_table(suites: Sequence[SuiteResults]) -> str:
 def leads_table(suites: Sequence[SuiteResults]) -> str:
     """Ideas that are not in the package, each beside the method that it would change."""
     after = {"TPGM after the fact": (AFTER, {}), FROM_SWEEP: (AFTER, {"lead": FROM_SWEEP})}
-    ideas = {lead: (TPGM, {"lead": lead}) for lead in (*LEADS, *LOSSES)}
+    ideas = {lead: (TPGM, {"lead": lead}) for lead in IDEAS}
     return settings_table(suites, [USUAL, COSINE], {"TPGM": (TPGM, {}), **ideas, **after})
 
 
 def leads_sweeps_table(suites: Sequence[SuiteResults]) -> str:
     """The same, after the sweep."""
-    ideas = {lead: (TPGM_SWEEP, {"lead": lead}) for lead in (*LEADS, *LOSSES)}
+    ideas = {lead: (TPGM_SWEEP, {"lead": lead}) for lead in IDEAS}
     return settings_table(suites, [USUAL, COSINE], {TPGM_SWEEP: (TPGM_SWEEP, {}), **ideas})
 
 
