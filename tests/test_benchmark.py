@@ -19,7 +19,7 @@ import cache
 import losses
 import summary
 import targets
-from methods import AFTER, CADENCES, METHODS, OTHER_LOSSES, PLAIN, SHOWN, TPGM, TPGM_SWEEP, TRIED, WISE_FT
+from methods import AFTER, CADENCES, METHODS, OTHER_DATA, OTHER_LOSSES, PLAIN, SHOWN, TPGM, TPGM_SWEEP, TRIED, WISE_FT
 from results import FOLDER, Result, Run, append, append_row, mean_and_error, read
 from suite import Suite, load_suite
 
@@ -218,7 +218,7 @@ def test_every_method_runs_and_nothing_runs_twice(small: Suite, tmp_path: Path) 
     carried_out = pool.count
     grid = sum(len(each.others) for each in METHODS)
     of_questions = [2 * len(METHODS), 3 * len(METHODS) + 2, 2 * 4, 2 * grid, len(CADENCES), 2 * len(TRIED)]
-    alone = len(OTHER_LOSSES)  # question 7 shares one of two rates with question 6
+    alone = len(OTHER_LOSSES) + 2 * len(OTHER_DATA)  # question 7 shares one of two rates with question 6
     assert carried_out == len(set(runs)) == sum(of_questions) + alone
     benchmark.benchmark(small, tmp_path, pool, runs, epochs=1)
     assert pool.count == carried_out
@@ -277,7 +277,7 @@ def test_a_condition_sets_batches_and_precision(small: Suite, name: str) -> None
     }
 
 
-@pytest.mark.parametrize(("method", "settings"), TRIED)
+@pytest.mark.parametrize(("method", "settings"), [*TRIED, *((TPGM, settings) for settings in OTHER_DATA)])
 @pytest.mark.filterwarnings("ignore")
 def test_an_idea_changes_its_method(small: Suite, method: str, settings: dict[str, Any]) -> None:
     """But for those of a fit, the weights after the fact: there the idea is where radii start."""
@@ -287,6 +287,16 @@ def test_an_idea_changes_its_method(small: Suite, method: str, settings: dict[st
         fit.carry_out() if method == PLAIN else fit.train()
         ends.append([value.clone() for value in fit.model.state_dict().values()])
     assert not all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_so_much_of_what_radii_are_learned_from_is_training_data(small: Suite, share: float) -> None:
+    data = small.data(0)
+    data.training_share = share
+    of_training = {image.numpy().tobytes() for image in data.train.tensors[0]}
+    drawn = [image.numpy().tobytes() in of_training for images, _ in data.tpgm_dataloader() for image in images]
+    assert sum(drawn) / len(drawn) == pytest.approx(share, abs=0.15)
+    assert (sum(drawn) == len(drawn)) == (share == 1)
 
 
 def test_other_numbers_of_held_out_examples_are_of_the_same_ones(small: Suite) -> None:

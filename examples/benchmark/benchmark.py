@@ -36,14 +36,26 @@ from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_tpgm
-from leads import FROM_SWEEP, started_at
+from leads import FROM_SWEEP, MIXES, started_at
 from lightning_tpgm import project_checkpoint, wise_ft_sweep
-from methods import AFTER, CADENCES, FIXED_RATES, METHODS, OTHER_LOSSES, PLAIN, TPGM, TPGM_SWEEP, TRIED, WISE_FT
+from methods import (
+    AFTER,
+    CADENCES,
+    FIXED_RATES,
+    METHODS,
+    OTHER_DATA,
+    OTHER_LOSSES,
+    PLAIN,
+    TPGM,
+    TPGM_SWEEP,
+    TRIED,
+    WISE_FT,
+)
 from results import FOLDER, Result, Run, append, read
 from suite import COSINE, SUITES, USUAL, Suite, load_suite
 
 RULE = "one_standard_error"
-QUESTIONS = (1, 2, 3, 4, 5, 6, 7)
+QUESTIONS = (1, 2, 3, 4, 5, 6, 7, 8)
 QUIET = {
     "accelerator": "cpu",
     "logger": False,
@@ -113,7 +125,8 @@ class Fit:
             self.data.hold_out(int(self.condition["held_out"]))
         for name in ("batch", "held_out_batch"):
             setattr(self.data, name, self.condition.get(name, getattr(self.data, name)))
-        self.precision: Any = self.condition.get("precision", suite.precision)
+        self.data.training_share = MIXES.get(str(dict(run.settings).get("lead")), 0.0)
+        self.precision: Any = self.condition.get("precision", "32-true")
         epochs = suite.epochs if epochs is None else epochs
         batches = len(self.data.train_dataloader())
         self.steps = max(1, round(float(self.condition.get("length", 1)) * epochs * batches))
@@ -240,6 +253,10 @@ def plan(suite: Suite, seeds: Sequence[int], questions: Sequence[int] = QUESTION
     for seed in seeds[:5] if 7 in questions else ():  # would another held-out loss be better?
         for lr in suite.rates:
             for settings in OTHER_LOSSES:
+                yield Run(TPGM, USUAL, lr, tuple(settings.items()), seed)
+    for seed in seeds[:5] if 8 in questions else ():  # do training data help the radii where few are held out?
+        for lr in suite.rates:
+            for settings in OTHER_DATA:
                 yield Run(TPGM, USUAL, lr, tuple(settings.items()), seed)
 
 

@@ -76,6 +76,8 @@ LOSSES = {"at the best temperature": at_best_temperature, "missing probability":
 
 IDEAS = (*LEADS, *LOSSES)
 """All that TPGM is tried with while training."""
+MIXES = {"half training data": 0.5, "training data alone": 1.0}
+"""Which share of the examples that radii are learned from is drawn from the training data."""
 
 
 class Lead(TPGMCallback):
@@ -98,10 +100,10 @@ class Lead(TPGMCallback):
 
 
 def lead_or_tpgm(lead: str | None = None, **options: Any) -> TPGMCallback:
-    """TPGM, as it comes or with an idea."""
+    """TPGM, as it comes or with an idea. That of `MIXES` is about its data."""
     if lead in LEADS:
         return Lead(lead, **options)
-    return TPGMCallback(**options) if lead is None else TPGMCallback(loss=LOSSES[lead], **options)
+    return TPGMCallback(**options, **({"loss": LOSSES[lead]} if lead in LOSSES else {}))
 
 
 @contextmanager

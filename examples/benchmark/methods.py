@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from leads import FROM_SWEEP, IDEAS, LOSSES, lead_or_tpgm
+from leads import FROM_SWEEP, IDEAS, LOSSES, MIXES, lead_or_tpgm
 from lightning_tpgm import FTPCallback, L2SPCallback
 
 PLAIN, WISE_FT, EMA, L2_SP, FTP = "plain fine-tuning", "WiSE-FT", "EMA", "L2-SP", "FTP"
@@ -47,5 +47,7 @@ CADENCES = tuple({"every_n_steps": steps} for steps in (1, 2, 8))
 """Settings of TPGM that its default of four is compared with."""
 OTHER_LOSSES = tuple({"lead": loss} for loss in LOSSES)
 """Settings of TPGM: what its radii are learned from."""
+OTHER_DATA = tuple({"lead": mix} for mix in MIXES)
+"""Settings of TPGM: whether its radii are learned from training data, too."""
 TRIED = ((PLAIN, {"lead": FROM_SWEEP}), *((TPGM, {"lead": lead}) for lead in IDEAS))
 """Ideas that are not in the package."""

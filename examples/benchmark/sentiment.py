@@ -168,7 +168,7 @@ def probed(seed: int, lr: float) -> SentimentClassifier:
     if not path.exists():
         probe = SentimentClassifier(1e-2)
         probe.encoder.requires_grad_(False)
-        trainer = Trainer(accelerator="cpu", precision="bf16-mixed", max_epochs=3, logger=False, **QUIET)
+        trainer = Trainer(accelerator="cpu", max_epochs=3, logger=False, **QUIET)
         trainer.fit(probe, Tweets(*data_sets(), seed, **SIZES).train_dataloader())
         unfinished = path.with_suffix(f".{os.getpid()}")
         torch.save(probe.state_dict(), unfinished)
@@ -188,5 +188,4 @@ SUITE = Suite(
     groups={"other sources": ("movies", "products", "editorials")},
     conditions={},
     exclude=("head.*",),
-    precision="bf16-mixed",
 )

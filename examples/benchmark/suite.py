@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, WeightedRandomSampler
 
 SUITES = ("digits", "emoji", "sentiment")
 USUAL, COSINE = "usual", "cosine"  # conditions that tables ask for by name
@@ -44,6 +44,7 @@ class Data(LightningDataModule):
         self.domains = domains
         self.seed = seed
         self.batch, self.held_out_batch = 32, 50
+        self.training_share = 0.0  # of the examples that radii are learned from
 
     def hold_out(self, count: int) -> None:
         """Hold out so many examples: fewer of the held-out ones, or those that choose settings, too."""
@@ -60,8 +61,13 @@ class Data(LightningDataModule):
         return DataLoader(self.held_out, batch_size=10)
 
     def tpgm_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The same data in larger batches, for the radii."""
-        return DataLoader(self.held_out, batch_size=self.held_out_batch, shuffle=True)
+        """The same data in larger batches, for the radii; drawn with replacement where training data are among them."""
+        if not self.training_share:
+            return DataLoader(self.held_out, batch_size=self.held_out_batch, shuffle=True)
+        shares = {self.held_out: 1 - self.training_share, self.train: self.training_share}
+        weights = [share / len(data) for data, share in shares.items() for _ in range(len(data))]
+        sampler = WeightedRandomSampler(weights, len(self.train), generator=torch.Generator().manual_seed(self.seed))
+        return DataLoader(ConcatDataset(list(shares)), batch_size=self.held_out_batch, sampler=sampler)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,6 @@ class Suite:
             ``precision``, size of the ``batch`` or the ``held_out_batch``, number of examples that are ``held_out``;
             ``methods``, if not all are compared.
         exclude: What methods do not constrain: a head that has no pretrained weights.
-        precision: Of the Trainer.
         seeds: How many there are; on emoji each is a fold with a pretrained network of its own.
     """
 
@@ -93,7 +98,6 @@ class Suite:
     groups: Mapping[str, tuple[str, ...]]
     conditions: Mapping[str, Mapping[str, object]]
     exclude: tuple[str, ...] = ()
-    precision: str = "32-true"
     seeds: int = 5
 
     @property

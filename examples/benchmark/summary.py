@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import targets
-from leads import FROM_SWEEP, IDEAS
+from leads import FROM_SWEEP, IDEAS, MIXES
 from lightning_tpgm.observing.plotting import name_lines
 from losses import COMPARED
 from methods import AFTER, CADENCES, EMA, FIXED_RATES, FTP, L2_SP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
@@ -212,6 +212,11 @@ def leads_sweeps_table(suites: Sequence[SuiteResults]) -> str:
     return settings_table(suites, [USUAL, COSINE], {TPGM_SWEEP: (TPGM_SWEEP, {}), **ideas})
 
 
+def mixes_table(suites: Sequence[SuiteResults]) -> str:
+    """Radii that are learned from training data, too."""
+    return settings_table(suites, [USUAL], {"TPGM": (TPGM, {}), **{mix: (TPGM, {"lead": mix}) for mix in MIXES}})
+
+
 def targets_table(suites: Sequence[SuiteResults]) -> str:
     """What was to be shown, and what was found."""
     rows = ([*texts, "yes" if met else "no"] for *texts, met in targets.rows(suites))
@@ -282,6 +287,7 @@ TABLES: dict[str, Callable[[Sequence[SuiteResults]], str]] = {
     "cadence": cadence_table,
     "leads": leads_table,
     "leads, swept": leads_sweeps_table,
+    "training data": mixes_table,
 }
 
 
