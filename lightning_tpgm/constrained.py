@@ -161,6 +161,15 @@ class Constrained:
         """Python's values as a tensor where the tensors are, without waiting for the device."""
         return self._layout.on_device(values, dtype)
 
+    def which(self, flags: Sequence[bool]) -> Tensor:
+        """A mask of the tensors, booleans of shape (T,). Not to be changed: mostly it is `every`."""
+        return self.every if all(flags) else self.vector(flags)
+
+    @cached_property
+    def every(self) -> Tensor:
+        """The mask of all tensors, shape (T,)."""
+        return self.vector([True for _ in self.names])
+
     def scalar(self, value: float = 0.0) -> Tensor:
         """A scalar of the device and dtype of distances and all that is learned."""
         return torch.full_like(self._layout.scalar(), value)

@@ -179,7 +179,7 @@ class MixedGroup(Group):
     @override
     def _parts(self, matrix: Tensor) -> Sequence[Tensor]:
         flat = matrix.flatten().index_select(0, self._places).split(self._numels)  # type: ignore[no-untyped-call]
-        return [part.view(size) for part, size in zip(flat, self._sizes, strict=True)]
+        return [part if len(size) == 1 else part.view(size) for part, size in zip(flat, self._sizes, strict=True)]
 
 
 def _sources(used: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class Layout:
         pairs = [pair for group in self._groups for pair in zip(group.indices, group.counts, strict=True)]
         owners = [index for index, count in pairs for _ in range(count)]
         self.tensor_of_row = self.on_device(owners, torch.long)
-        self._tensors = self.on_device([index for index, _ in pairs], torch.long)
+        order = [index for index, _ in pairs]
+        self._places = self.on_device(sorted(range(len(order)), key=order.__getitem__), torch.long)
         self._sizes = [group.rows for group in self._groups]
         self.roundoff = self.on_device([g.roundoff for g in self._groups for _ in range(g.rows)], self.dtype)
 
@@ -193,7 +194,7 @@ class Layout:
         # not by `index_add`: on a GPU its order changes, and processes would differ in the last digits
         parts = zip(self._groups, rows.split(self._sizes, dim=-1), strict=True)  # type: ignore[no-untyped-call]
         sums = torch.cat([group.total(part) for group, part in parts], dim=-1)
-        return torch.empty_like(sums).index_copy(-1, self._tensors, sums)
+        return sums.index_select(-1, self._places)
 
     def scalar(self) -> Tensor:
         """A scalar of the device and dtype of what is computed."""

@@ -51,8 +51,8 @@ def safe_ratio(radius: Tensor, distance: Tensor, size: Tensor, roundoff: Tensor)
     >>> safe_ratio(torch.tensor(1.0), torch.tensor([0.5, 2.0]), size=torch.tensor(7.0), roundoff=torch.tensor(0.01))
     tensor([1.0000, 0.4600])
     """
-    exact = ratio(radius, distance)
-    return torch.where(exact < 1, ratio(radius - roundoff * (size + radius), distance), exact)
+    inside = ratio(radius - roundoff * (size + radius), distance)
+    return torch.where(radius < distance + EPS, inside, 1)
 
 
 def project(weight: Tensor, anchor: Tensor, ratio: Tensor, out: Tensor | None = None) -> Tensor:

@@ -72,7 +72,7 @@ class DiGraP(Method):
         """Updates omega, then g := g - omega g_proj where there is a conflict."""
         grads, weights = tensors.gradients(), tensors.weights()
         before, present = self.unstepped.of(tensors), [grad is not None for grad in grads]
-        stepping, known = tensors.vector(present), self.unstepped.known(tensors)
+        stepping, known = tensors.which(present), self.unstepped.known(tensors)
         kept = self._newer.memory(tensors, present)
         sums = tensors.step_sums(weights, before, grads, kept, more=True)
         dots, squared, old_squared, inner, size_squared = tensors.total(sums)

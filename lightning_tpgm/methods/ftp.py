@@ -65,7 +65,7 @@ class FTP(Method):
         """Updates the radii from the gradient that the step used, and projects the weights."""
         grads, weights, before = tensors.gradients(), tensors.weights(), self.unprojected.of(tensors)
         present = [grad is not None for grad in grads]
-        stepped, known = tensors.vector(present), self.unprojected.known(tensors)
+        stepped, known = tensors.which(present), self.unprojected.known(tensors)
         rows_before = self._rows_of(tensors, before)
         kept = self.unprojected.memory(tensors, present)
         dots, sums = tensors.step_sums(weights, before, grads, kept)
@@ -73,16 +73,18 @@ class FTP(Method):
         slope = tensors.total(dots / (rows_before + EPS))  # dgamma; 0 without gradient, meaningless if not known
         largest = tensors.largest(rows)
         with self.radii.of(tensors) as radii:
-            radii.start(torch.full_like(radii.value, MIN_RADIUS), where=stepped)
+            if known is not tensors.every:  # for some it is t = 1
+                first = stepped & ~known
+                radii.start(torch.full_like(radii.value, MIN_RADIUS), where=first)
+                radii.step = radii.step + first  # Adam counts the optimizer's steps
             radii.follow(largest, stepped)
             radii.adam(torch.where(slope > 0, self.k * slope, slope), where=stepped & known, lr=radii.rate)
-            # Adam counts the optimizer's steps: after the first, the next is t = 2
-            radii.step = torch.where(stepped & ~known, radii.step + 1, radii.step)
             radii.clamp(largest + EPS, where=stepped)
             tensors.project(weights, rows, radii.bounds, moved=present)
             radii.projected(largest, moved=stepped)
-        found = tensors, torch.where(tensors.of_rows(stepped), rows, rows_before)
-        self._last_rows = None if tensors.are_coarse else found  # as after a resume, the rounded deviations count
+        if stepped is not tensors.every:
+            rows = torch.where(tensors.of_rows(stepped), rows, rows_before)
+        self._last_rows = None if tensors.are_coarse else (tensors, rows)  # None: the rounded deviations count
 
     def _rows_of(self, tensors: Constrained, before: Matrices) -> Tensor:
         """n of every row before the last projection: known, if these tensors were the last ones to be stepped."""

@@ -21,7 +21,7 @@ class LastStep:
 
     def known(self, tensors: Constrained) -> Tensor:
         """Which tensors have had a step, booleans of shape (T,)."""
-        return tensors.vector([name in self.deviations for name in tensors.names])
+        return tensors.which([name in self.deviations for name in tensors.names])
 
     def of(self, tensors: Constrained) -> Matrices:
         """What is remembered; zeros for a tensor that has had no step."""

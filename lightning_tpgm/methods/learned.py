@@ -98,16 +98,16 @@ class LearnedScalars:
         Source: Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorithm 1.
         """
         beta1, beta2 = self.BETAS
-        step = self.step + 1
         exp_avg = torch.lerp(self.exp_avg, grad, 1 - beta1)
-        exp_avg_sq = beta2 * self.exp_avg_sq + (1 - beta2) * grad.square()
+        exp_avg_sq = (beta2 * self.exp_avg_sq).addcmul(grad, grad, value=1 - beta2)
+        where = where & (exp_avg_sq < torch.inf)  # if it is finite, so is the gradient
+        self.step = self.step + where
         # 1 - beta^step by expm1: the plain form loses four digits in float32 when beta^step is close to 1
-        m = exp_avg if lr is not None else exp_avg / -torch.expm1(step * math.log(beta1))
-        v = exp_avg_sq / -torch.expm1(step * math.log(beta2))
+        m = exp_avg if lr is not None else exp_avg / -torch.expm1(self.step * math.log(beta1))
+        v = exp_avg_sq / -torch.expm1(self.step * math.log(beta2))
         rate, eps = (self.lr, self.EPS) if lr is None else (lr, self.TINY)
         value = self.value - rate * m / (v.sqrt() + eps)
-        where = where & exp_avg_sq.isfinite()  # if it is, so is the gradient
-        for name, new in zip(self._ADAM, (value, exp_avg, exp_avg_sq, step), strict=True):
+        for name, new in (("value", value), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
             setattr(self, name, torch.where(where, new, getattr(self, name)))
 
     def as_dict(self) -> dict[str, float]:

@@ -28,9 +28,8 @@ class Step:
         A fused optimizer that steps under a gradient scaler holds a flag meanwhile, and may skip the step. To read the
         flag here would make a GPU wait.
         """
-        moved = tensors.vector([True for _ in tensors.names])
         skipped = getattr(self.optimizer, "found_inf", None)
-        return moved if skipped is None else moved & (skipped == 0)
+        return tensors.every if skipped is None else tensors.every & (skipped == 0)
 
 
 @runtime_checkable

@@ -71,7 +71,7 @@ class Radii(LearnedScalars):
         """Note how far a step has carried those of these tensors that it moved, before they are projected."""
         if self.keeps_pace:
             step = (largest - self.distance).abs()
-            known = moved & (self.reach > 0) & step.isfinite()
+            known = moved & (self.reach > 0) & (step < torch.inf)  # False for what is not a number
             self.pace = torch.where(known, torch.lerp(self.pace, step, 1 - self.SMOOTHING), self.pace)
             self.followed = self.followed + known
 
@@ -85,8 +85,7 @@ class Radii(LearnedScalars):
         """How far each radius may move for an optimizer step, 0 where no pace is known. None: Adam's rate."""
         if not self.keeps_pace:
             return None
-        mean = self.pace / -torch.expm1(self.followed * math.log(self.SMOOTHING))
-        return torch.where(self.followed > 0, self.SHARE * mean, 0)
+        return self.SHARE * self.pace / -torch.expm1(self.followed.clamp(min=1) * math.log(self.SMOOTHING))
 
     def learn(self, slope: Tensor, where: Tensor, steps: float) -> None:
         """An update while training, for so many optimizer steps; see `adam`.
@@ -133,9 +132,10 @@ class Radii(LearnedScalars):
         self.bound = self.bound + bound
         self.pinned = self.pinned + (bound & (left < self.PINNED))
         finite = moved & (self.reach < torch.inf)  # False for what is not a number
+        share = self.projections.reciprocal()
         for name, now in (("wanted", self.reach), ("allowed", self.distance)):
             mean = getattr(self, name)
-            setattr(self, name, torch.where(finite, mean + (now - mean) / self.projections, mean))
+            setattr(self, name, torch.where(finite, mean.lerp(now, share), mean))
 
     @property
     def _binds(self) -> Tensor:

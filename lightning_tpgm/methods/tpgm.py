@@ -95,7 +95,7 @@ class TPGM(Method):
         self._to_come = False
         if self.acts_at_end and tensors.names:
             updates = self.progress(range(self.radius_steps))
-            self._constrain(tensors, updates, tensors.vector([True for _ in tensors.names]))
+            self._constrain(tensors, updates, tensors.every)
 
     def _constrain(self, tensors: Constrained, updates: Sequence[int], moved: Tensor) -> None:
         """Update the radii and project the weights."""
@@ -135,7 +135,7 @@ class TPGM(Method):
         parts = tensors.arrange([tensors.part(grad, i) for i, grad in enumerate(grads)])
         slope = radii.slope(tensors, parts, weights, rows)
         value = radii.value.new_full((1,), torch.nan) if loss is None else loss.to(radii.value).reshape(1)
-        used = tensors.vector([grad is not None for grad in grads]).to(radii.value)
+        used = tensors.which([grad is not None for grad in grads]).to(radii.value)
         mean = self.held_out.mean(torch.cat([value, slope, used]))
         slope, used = mean[1:].chunk(2)
         finite = mean.isfinite().all()
