@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "paper"))
@@ -145,11 +147,11 @@ def test_domainnet(domains: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     (tpgm,) = constrained[-1]
     assert set(tpgm.radii) == {"encoder.0.weight", "encoder.0.bias", "encoder.1.weight", "encoder.1.bias"}
     assert (tpgm.norm, tpgm.radius_lr, tpgm.radius_steps, tpgm.every_n_steps) == ("mars", 1e-2, 1, 1)
-    used = {path for path, _ in plain[3].dataset.items}
+    used = {*plain[3].dataset.paths}
     for held_out in (plain[4].dataset, tpgm.dataloader.dataset):
         assert len(held_out) == 3
         assert not held_out.augment
-        assert used.isdisjoint(path for path, _ in held_out.items)
+        assert used.isdisjoint(held_out.paths)
 
     last = domains / "made" / "domainnet" / "TPGM" / "last.ckpt"
     before = last.stat().st_mtime_ns
@@ -229,6 +231,24 @@ def test_an_interrupted_fit_goes_on(domains: Path) -> None:
     for checkpoint in (resumed, uninterrupted):
         assert checkpoint["global_step"] == 3 * 3
         assert checkpoint["lr_schedulers"][0]["last_epoch"] == 3
+
+
+@pytest.mark.parametrize("file", ["weights.pt", "weights.safetensors"])
+def test_an_encoder_of_ones_own_lies_where_the_command_is_started(file: str, tmp_path: Path) -> None:
+    """Python looks in the folder of the script. Either kind of file is read."""
+    (tmp_path / "my_encoders.py").write_text("from torch import nn\n\n\ndef tiny():\n    return nn.Linear(2, 1)\n")
+    weights = {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}
+    save_file(weights, tmp_path / file) if file.endswith("safetensors") else torch.save(weights, tmp_path / file)
+    code = f"""
+import sys
+sys.path[0] = {domainnet.__file__.rpartition("domainnet")[0]!r}
+from pathlib import Path
+from domainnet import load_encoder
+print(load_encoder("my_encoders:tiny", Path({file!r})).weight.tolist())
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "[[1.0, 1.0]]\n", done.stderr
 
 
 def test_a_tenth_is_held_out() -> None:

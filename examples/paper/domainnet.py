@@ -9,6 +9,7 @@ about the accuracies until somebody ran it. Defaults marked authors' are those o
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ from domains import DOMAINNET, check_present, list_domain, read_list, split, tra
 from images import View
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from safetensors.torch import load_file
 from torch import nn
 
 from lightning_tpgm import TPGMCallback
@@ -48,13 +50,15 @@ def load_encoder(name: str, weights: Path) -> nn.Module:
 
     Args:
         name: Of a timm model, or the import path of a function without arguments, ``"my_project.models:resnet"``.
-        weights: A state dict file; of a timm model in any form that timm converts.
+        weights: A state dict, by ``torch.save`` or as ``.safetensors``; of a timm model in any form that timm converts.
     """
     if ":" in name:
+        sys.path.append(str(Path.cwd()))  # Python looks in the folder of the script alone
         module, _, function = name.partition(":")
         make: Callable[[], nn.Module] = getattr(import_module(module), function)
         encoder = make()
-        encoder.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        is_safe = weights.suffix == ".safetensors"
+        encoder.load_state_dict(load_file(weights) if is_safe else torch.load(weights, "cpu", weights_only=True))
         return encoder
     import timm
 

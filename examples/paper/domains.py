@@ -98,6 +98,11 @@ def subfolders(folder: Path) -> list[str]:
     return found
 
 
+def is_image(path: Path) -> bool:
+    """By its name: a folder may hold other files, that of a file manager for instance."""
+    return path.suffix.lower() in (".jpeg", ".jpg", ".png") and not path.name.startswith(".")
+
+
 def folder_domain(root: Path, name: str, folder: str, classes: Sequence[str], *, part: bool = False) -> Domain:
     """The images of a folder of folders; exit if those are not the classes, or with ``part`` some of them."""
     found = subfolders(root / folder)
@@ -112,7 +117,7 @@ def folder_domain(root: Path, name: str, folder: str, classes: Sequence[str], *,
         if absent and not part:
             raise SystemExit(f"{folder} lacks folders that train has, for instance {', '.join(absent[:3])}.")
         labels = {one: classes.index(one) for one in found}
-    items: list[Item] = [(path, labels[one]) for one in found for path in sorted((root / folder / one).iterdir())]
+    items = [(path, labels[one]) for one in found for path in sorted((root / folder / one).iterdir()) if is_image(path)]
     return Domain(name, items, None if len(labels) == len(classes) else tuple(sorted(labels.values())))
 
 

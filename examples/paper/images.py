@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +33,18 @@ class Images(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, items: Sequence[Item], view: View, augment: bool = False) -> None:
-        self.items, self.view, self.augment = items, view, augment
+        # arrays: to read from a list of objects writes to each, so every worker would copy all of a million paths
+        self.paths = np.array([os.fsencode(path) for path, _ in items])
+        self.labels = np.array([label for _, label in items])
+        self.view, self.augment = view, augment
 
     def __len__(self) -> int:
         """Number of images."""
-        return len(self.items)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image (3, size, size) and label."""
-        path, label = self.items[index]
-        with Image.open(path) as file:
+        with Image.open(os.fsdecode(self.paths[index])) as file:
             image = file.convert("RGB")
         box = random_box(*image.size) if self.augment else middle_box(*image.size)
         image = image.resize((self.view.size, self.view.size), Image.Resampling.BICUBIC, box)
@@ -49,7 +52,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         if self.augment and torch.rand(()) < 0.5:
             pixels = pixels.flip(2)
         shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (self.view.mean, self.view.std))
-        return (pixels - shift) / scale, label
+        return (pixels - shift) / scale, int(self.labels[index])
 
 
 def middle_box(width: int, height: int) -> tuple[float, float, float, float]:
