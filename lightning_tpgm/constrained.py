@@ -155,7 +155,11 @@ class Constrained:
     def learning_rates(self, optimizer: Optimizer) -> Tensor:
         """The rate that the optimizer steps each tensor with, shape (T,); a ValueError if it keeps that to itself."""
         rates = {id(p): learning_rate(optimizer, group) for group in optimizer.param_groups for p in group["params"]}
-        return self.vector([rates[id(p)] for p in self.parameters], self._layout.dtype)
+        mine = [rates[id(p)] for p in self.parameters]
+        numbers = [rate for rate in mine if not isinstance(rate, Tensor)]
+        if len(numbers) == len(mine):
+            return self.vector(numbers, self._layout.dtype)
+        return torch.stack([torch.as_tensor(rate).to(self.scalar()) for rate in mine])  # to read one would wait
 
     def vector(self, values: Sequence[float], dtype: torch.dtype = torch.bool) -> Tensor:
         """Python's values as a tensor where the tensors are, without waiting for the device."""

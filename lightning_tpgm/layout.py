@@ -49,7 +49,7 @@ class Layout:
         owners = [index for index, count in pairs for _ in range(count)]
         self.tensor_of_row = self.on_device(owners, torch.long)
         order = [index for index, _ in pairs]
-        self._places = self.on_device(sorted(range(len(order)), key=order.__getitem__), torch.long)
+        self._places = self.on_device(sorted(range(len(order)), key=lambda place: order[place]), torch.long)
         self._sizes = [group.rows for group in self._groups]
         self.roundoff = self.on_device([g.roundoff for g in self._groups for _ in range(g.rows)], self.dtype)
 

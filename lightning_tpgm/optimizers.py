@@ -59,8 +59,8 @@ def with_gradient(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
 
 
-def learning_rate(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
-    """The rate of a parameter group.
+def learning_rate(optimizer: Optimizer, group: Mapping[str, Any]) -> float | Tensor:
+    """The rate of a parameter group; a tensor, on any device, if the optimizer has it as one.
 
     Raises:
         ValueError: If the group has none, as of optimizers that choose their own.
@@ -72,7 +72,7 @@ def learning_rate(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
             f"`lr` should be a number in every parameter group of {name}, found {rate}. The method goes by the rate"
             f" that each tensor is stepped with. Pass one to {name} (Adafactor: with relative_step=False)."
         )
-    return float(rate)
+    return rate.detach().reshape(()) if isinstance(rate, Tensor) else float(rate)
 
 
 def needs_unscaled_gradients(title: str, optimizer: Optimizer) -> str:

@@ -150,7 +150,7 @@ class ReferenceTPGM:
     """Trainable Projected Gradient Method: held-out data move the radii, every step is projected.
 
     Attributes:
-        radii: Radius of every tensor, empty before the first step.
+        radii: Radius of every tensor, empty before the first step; nan of one that has not moved yet.
         adams: Adam state (m, v, t) of every radius.
         steps: Optimizer steps seen.
     """
@@ -191,8 +191,9 @@ class ReferenceTPGM:
         self.steps += 1
         deviations = {name: weights[name].detach().double() - self.anchors[name] for name in self.anchors}
         distances = {name: distance_rows(deviations[name], self.norm) for name in self.anchors}
-        if not self.radii:
-            self.radii = {name: min(distances[name]) / 2 for name in self.anchors}
+        for name in self.anchors:
+            if math.isnan(self.radii.setdefault(name, math.nan)) and max(distances[name]) > 0:
+                self.radii[name] = min(distances[name]) / 2
         for name, pace in self.paces.items():
             pace.follow(max(distances[name]))
 
@@ -202,7 +203,7 @@ class ReferenceTPGM:
                 gradients = loss_grads(self._project(weights))
                 for name in self.anchors:
                     loss_grad = gradients[name]
-                    if loss_grad is None:
+                    if loss_grad is None or math.isnan(self.radii[name]):
                         continue  # the radius has no gradient either
                     gradient = radius_gradient(
                         loss_grad, deviations[name], self.radii[name], self.norm, self.boundary_dtype
@@ -216,7 +217,7 @@ class ReferenceTPGM:
         self._clamp(distances)
         for name, pace in self.paces.items():
             largest = max(distances[name])
-            pace.projected = min(self.radii[name] / (largest + EPS), 1.0) * largest
+            pace.projected = min(1.0, self.radii[name] / (largest + EPS)) * largest  # 1 if the radius is nan
         return self._project(weights)
 
     def _rate(self, name: str, distances: dict[str, list[float]]) -> float:
@@ -231,12 +232,14 @@ class ReferenceTPGM:
         return max(1.5 ** (min(steps, 100) / 4) * self.radii[name], 0.1 * self.paces[name].mean)
 
     def _clamp(self, distances: dict[str, list[float]]) -> None:
-        for name in self.anchors:
-            self.radii[name] = clamp_radius(self.radii[name], max(distances[name]))
+        for name, radius in self.radii.items():
+            if not math.isnan(radius):
+                self.radii[name] = clamp_radius(radius, max(distances[name]))
 
     def _project(self, weights: Tensors) -> Tensors:
+        bounds = {name: math.inf if math.isnan(radius) else radius for name, radius in self.radii.items()}
         return {
-            name: project(anchor, weights[name].detach(), self.radii[name], self.norm)
+            name: project(anchor, weights[name].detach(), bounds[name], self.norm)
             for name, anchor in self.anchors.items()
         }
 

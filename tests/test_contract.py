@@ -7,6 +7,7 @@ test_wise_ft.py and test_post_hoc.py; the invariants with several processes are 
 from __future__ import annotations
 
 import csv
+import math
 import pickle
 import random
 import re
@@ -277,7 +278,8 @@ def test_inside_ball(method: Method, optimizer: Any) -> None:
     run(module, callback)
     assert looks == 12
     assert_inside_ball(module, start, callback.radii, callback.norm)
-    assert all(distance <= callback.radii[name] * (1 + 1e-5) for name, distance in callback.distances.items())
+    radii = {name: 0.0 if math.isnan(radius) else radius for name, radius in callback.radii.items()}  # never moved
+    assert all(distance <= radii[name] * (1 + 1e-5) for name, distance in callback.distances.items())
 
 
 # --- exact resume ---
@@ -659,7 +661,7 @@ def test_gradient_accumulation_equals_larger_batches(method: Method) -> None:
     run(expected, reference, train=batches_of(4), precision="64-true")
     torch.testing.assert_close(parameters(module), parameters(expected), rtol=1e-6, atol=1e-9)
     if isinstance(callback, WithRadii) and isinstance(reference, WithRadii):
-        assert callback.radii == pytest.approx(reference.radii, rel=1e-6, abs=1e-9)
+        assert callback.radii == pytest.approx(reference.radii, rel=1e-6, abs=1e-9, nan_ok=True)
 
 
 class ManyOptimizers(Branches):

@@ -174,7 +174,6 @@ def test_inside_ball_in_every_checkpoint(tmp_path: Path) -> None:
         state = checkpoint["callbacks"][callback.state_key]
         radii = dict(zip(state["method"]["radii"]["names"], state["method"]["radii"]["value"].tolist(), strict=True))
         assert len(radii) == 11
-        assert all(radius == radius for radius in radii.values())
         assert_inside_ball(checkpoint["state_dict"], state["anchor"], radii, callback.norm)
 
 
@@ -264,4 +263,5 @@ def test_inside_ball_when_the_evaluation_raises(where: str, fail_at: int, norm: 
     saved = torch.load(save.path, weights_only=True)
     state = saved["callbacks"][callback.state_key]
     assert_inside_ball(saved["state_dict"], state["anchor"], callback.radii, norm)
-    assert state["method"]["radii"]["value"].tolist() == list(callback.radii.values())
+    saved_radii = torch.tensor(list(callback.radii.values()))
+    torch.testing.assert_close(state["method"]["radii"]["value"], saved_radii, rtol=0, atol=0, equal_nan=True)

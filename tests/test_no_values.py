@@ -21,6 +21,7 @@ from typing_extensions import override
 
 import lightning_tpgm.groups
 from lightning_tpgm import (
+    AnchorDecayCallback,
     DiGraPCallback,
     FTPCallback,
     L2SPCallback,
@@ -30,6 +31,7 @@ from lightning_tpgm import (
     constrain,
 )
 from lightning_tpgm.callbacks.method import MethodCallback
+from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.groups import SHARED
 from lightning_tpgm.methods import Method, WiSEFT
 from toys import quiet_trainer
@@ -43,6 +45,7 @@ METHODS: dict[str, Callable[..., MethodCallback]] = {
     "digrap": DiGraPCallback,
     "spd": SPDCallback,
     "l2sp": L2SPCallback,
+    "anchor decay": AnchorDecayCallback,
 }
 
 
@@ -140,8 +143,18 @@ def test_cheap_no_step_waits_for_a_value(method: str) -> None:
     assert all(size <= SMALL for sizes in steps for size in sizes)
 
 
+def test_a_learning_rate_on_the_device_is_not_read() -> None:
+    """As an optimizer has it whose step is captured or compiled. Another group may have a number."""
+    parameters = {name: torch.zeros(3, device="meta") for name in "abc"}
+    a, b, c = parameters.values()
+    rate = torch.full((1,), 0.1, device="meta", dtype=torch.float64)
+    optimizer = torch.optim.SGD([{"params": [a, c], "lr": rate}, {"params": [b], "lr": 0.2}])
+    found = Constrained(parameters, parameters, "l2").learning_rates(optimizer)
+    assert (found.device.type, found.dtype, found.shape) == ("meta", torch.float32, (3,))
+
+
 # how often a step reads the anchors
-READS = {"tpgm": 4, "tpgm l2": 6, "ftp": 2, "digrap": 1, "spd": 2, "l2sp": 1}
+READS = {"tpgm": 4, "tpgm l2": 6, "ftp": 2, "digrap": 1, "spd": 2, "l2sp": 1, "anchor decay": 1}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -253,6 +254,22 @@ def test_a_stretch_that_ends_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> N
         assert look(watch, step, radius=radius, distance=[1.0, 1.0], binds=[True, False]) == []
 
 
+@pytest.mark.parametrize("never_moved", [True, False])
+def test_a_tensor_without_radius_hides_no_trouble(never_moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias before a BatchNorm for instance. The others are at their floor, or at a bound that cannot grow faster."""
+    monkeypatch.setattr(Watch, "PATIENCE", 100)
+    first = torch.nan if never_moved else 1e-8
+    watch, said = Watch(), []
+    for step in range(0, 300, 50):
+        said += look(watch, step, radius=[first, 1e-8], distance=[0.0, 1.0], binds=[not never_moved, True])
+    assert "2 radii have been at their floor" in said[0]
+    for step in range(0, 2000, 50):
+        rising = 1 + 0.01 * step
+        said += look(watch, step, radius=[torch.nan, rising], distance=[rising, rising], binds=[True, True])
+    assert "at their bound" in said[1]
+    assert len(said) == 2
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -282,7 +299,11 @@ def test_training_data_without_length_are_looked_at_without_harm() -> None:
         def __iter__(self) -> Any:
             return iter(images(8, seed=1))
 
-    quiet_trainer(TPGMCallback(), limit_train_batches=2).fit(toy(), DataLoader(Endless(), 4), val_loader())
+    callback = TPGMCallback()
+    for steps, known in ((-1, math.inf), (3, 3)):
+        trainer = quiet_trainer(callback, max_steps=steps)
+        trainer.fit(toy(), DataLoader(Endless(), 4), val_loader())
+        assert callback._constraint.reporter.run == known
 
 
 @pytest.mark.parametrize(

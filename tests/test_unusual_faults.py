@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from lightning_tpgm import (
     constrain,
 )
 from lightning_tpgm.callbacks.method import MethodCallback
+from lightning_tpgm.methods import TPGM
 from properties import assert_inside_balls, assert_same
 from toys import Blobs, Classifier, blobs, classifier_loss, trainer_in, weights_of
 
@@ -29,6 +31,34 @@ from toys import Blobs, Classifier, blobs, classifier_loss, trainer_in, weights_
 class Named(NamedTuple):
     x: Tensor
     y: Tensor
+
+
+# --- tensors that the first step does not move ---
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 4])
+@pytest.mark.parametrize("why", ["no gradient", "warm-up from 0"])
+def test_a_radius_begins_with_the_first_step_that_moves_its_tensor(why: str, every_n_steps: int) -> None:
+    """It would begin at 0, and hold the tensor at its anchor. What is learned begins then, too."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(5, 5) for name in "ab"})
+    x, y = torch.randn(16, 5), 10 * torch.randn(16, 5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def loss(parts: str = "ab") -> Tensor:
+        return (sum(model[name](x) for name in parts) - y).square().mean()
+
+    constraint = constrain(model, TPGM(every_n_steps=every_n_steps), optimizer, held_out_loss=loss)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 0.0 if why == "warm-up from 0" and step == 0 else 0.01
+        optimizer.zero_grad()
+        loss("a" if why == "no gradient" and step == 0 else "ab").backward()
+        optimizer.step()
+        if step == 0:
+            assert math.isnan(constraint.radii["b.weight"])
+            assert not constraint.method.radii.step.view(2, 2)[1].any()
+        if step == 1:  # half of what Adam's first step goes along a row of five
+            assert constraint.radii["b.weight"] >= 0.0249
 
 
 # --- batches that are views of their data ---

@@ -35,25 +35,26 @@ class Logs:
     def show(self, trainer: pl.Trainer, pl_module: pl.LightningModule, values: Mapping[str, Tensor]) -> None:
         """Log scalars as the module's own, while that is allowed."""
         name = self.name_in(trainer)
-        self._log(pl_module, {f"{name}/{key}": value for key, value in values.items()}, bool(trainer.loggers), False)
+        self._log(trainer, pl_module, {f"{name}/{key}": value for key, value in values.items()}, in_bar=False)
 
     def in_bar(self, trainer: pl.Trainer, pl_module: pl.LightningModule, value: Tensor) -> None:
         """Show one number under the method's name in the progress bar.
 
         On the CPU, because Lightning reads what is in the bar again after every batch.
         """
-        self._log(pl_module, {self.name_in(trainer): value.cpu()}, False, True)
+        self._log(trainer, pl_module, {self.name_in(trainer): value.cpu()}, in_bar=True)
 
-    def _log(self, pl_module: pl.LightningModule, named: dict[str, Tensor], logger: bool, prog_bar: bool) -> None:
-        if self.log == "none" or not named:
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, named: dict[str, Tensor], in_bar: bool) -> None:
+        if self.log == "none" or not named or trainer.barebones:  # which warns of every call
             return
+        logger = not in_bar and bool(trainer.loggers)
         lightning = same_package(pl_module, "core:LightningModule")
         if all(getattr(getattr(pl_module, f), "__func__", None) is getattr(lightning, f) for f in ("log", "log_dict")):
-            pl_module.log_dict(named, prog_bar=prog_bar, logger=logger)
+            pl_module.log_dict(named, prog_bar=in_bar, logger=logger)
             return
         log = pl_module.log if _takes_our_arguments(pl_module.log) else partial(lightning.log, pl_module)
         for key, value in named.items():
-            log(key, value, prog_bar=prog_bar, logger=logger)
+            log(key, value, prog_bar=in_bar, logger=logger)
 
     def due(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -31,9 +30,8 @@ if TYPE_CHECKING:
 
 def steps_of(trainer: pl.Trainer) -> float:
     """How many optimizer steps the fit will have; infinite if nobody can know."""
-    with suppress(MisconfigurationException):  # accumulation that changes from epoch to epoch
-        return float(trainer.estimated_stepping_batches)
-    return math.inf
+    steps = float(trainer.estimated_stepping_batches)
+    return math.inf if steps < 0 else steps  # data without length
 
 
 def check_strategy(trainer: pl.Trainer, title: str) -> None:

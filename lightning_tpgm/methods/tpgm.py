@@ -94,8 +94,7 @@ class TPGM(Method):
         """Learns the radii now, if that was asked for."""
         self._to_come = False
         if self.acts_at_end and tensors.names:
-            updates = self.progress(range(self.radius_steps))
-            self._constrain(tensors, updates, tensors.every)
+            self._constrain(tensors, self.progress(range(self.radius_steps)), tensors.every)
 
     def _constrain(self, tensors: Constrained, updates: Sequence[int], moved: Tensor) -> None:
         """Update the radii and project the weights."""
@@ -108,17 +107,18 @@ class TPGM(Method):
             rows = tensors.rows(weights)
         largest = tensors.largest(rows)
         with self.radii.of(tensors) as radii:
-            radii.start(tensors.smallest(rows) / 2, where=moved)
+            radii.start(tensors.smallest(rows) / 2, where=moved & (largest > 0))  # else it is still at its anchor
             radii.follow(largest, moved)
             try:
                 for _ in updates:
                     radii.clamp(largest, where=moved)
                     tensors.project(weights, rows, radii.bounds)
                     slope, known = self._slope(radii, tensors, weights, rows)
+                    learning = known & moved & (radii.value < torch.inf)  # False where there is no radius yet
                     if self.acts_at_end and radii.keeps_pace:  # in all as far as the tensor has come
-                        radii.adam(slope, known & moved, lr=largest / self.radius_steps)
+                        radii.adam(slope, learning, lr=largest / self.radius_steps)
                     else:
-                        radii.learn(slope, known & moved, self.every_n_steps / self.radius_steps)
+                        radii.learn(slope, learning, self.every_n_steps / self.radius_steps)
             finally:  # whatever happens, the weights are left inside the ball
                 radii.clamp(largest, where=moved)
                 tensors.project(weights, rows, radii.bounds)
