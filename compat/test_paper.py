@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "paper"))
 
-from domainnet import load_encoder  # noqa: E402
+from domainnet import load_encoder
 
 
 @pytest.mark.parametrize("file", ["weights.pt", "weights.safetensors"])
