@@ -20,7 +20,7 @@ class Constrained:
     """T tensors under constraint.
 
     Its vectors have one entry per tensor, shape (T,), or one per row of all tensors, shape (rows,); a `Layout` says in
-    which order. Matrices come from `weights`, `copy` or `arrange`. All work is under ``torch.no_grad``.
+    which order. Matrices come from `weights`, `keep`, `rows_and_copies` or `arrange`. All is under ``torch.no_grad``.
 
     Args:
         parameters: By name; in-place changes of them reach the module.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tpgm.drawn import drawn, uniform_bounds
-from lightning_tpgm.initialisation import LINEAR, NORMS, untouched, values_of
+from lightning_tpgm.initialisation import LINEAR, NORM_LAYERS, untouched, values_of
 
 _ENOUGH = 256  # entries from which a layer is judged
 _MANY = 4096  # entries from which a layer without a bias is
@@ -126,7 +126,7 @@ def _patterns(
     free = {identity for layer in fresh + small for identity in layer.own}
     for part in module.modules():
         own = list(part.parameters(recurse=False))
-        if isinstance(part, NORMS) and own and not any(map(nn.parameter.is_lazy, own)) and untouched(part):
+        if isinstance(part, NORM_LAYERS) and own and not any(map(nn.parameter.is_lazy, own)) and untouched(part):
             free.update(map(id, own))
     others = [name for identity, name in known.items() if identity not in free]
     patterns: dict[str, None] = {}

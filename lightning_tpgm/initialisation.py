@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_tpgm.sharding import local
 
-NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others cannot be compared everywhere
 _ENOUGH = 256  # entries from which a uniform distribution can be recognised
@@ -31,7 +31,7 @@ def never_trained(module: nn.Module) -> str | None:
             own = list(part.parameters(recurse=False))
             if any(nn.parameter.is_lazy(parameter) for parameter in own):
                 others = True
-            elif isinstance(part, NORMS) and own:
+            elif isinstance(part, NORM_LAYERS) and own:
                 if not untouched(part):
                     return None
                 norms += 1

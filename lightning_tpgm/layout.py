@@ -39,7 +39,7 @@ class Layout:
     """
 
     def __init__(self, tensors: Sequence[Tensor], norm: Norm) -> None:
-        self._kind = norm
+        self._norm = norm
         self._count = len(tensors)
         self._groups = grouped(tensors, norm)
         dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
@@ -49,7 +49,8 @@ class Layout:
         owners = [index for index, count in pairs for _ in range(count)]
         self.tensor_of_row = self.on_device(owners, torch.long)
         order = [index for index, _ in pairs]
-        self._places = self.on_device(sorted(range(len(order)), key=lambda place: order[place]), torch.long)
+        places = sorted(range(len(order)), key=order.__getitem__)
+        self._places = self.on_device(places, torch.long)
         self._sizes = [group.rows for group in self._groups]
         self.roundoff = self.on_device([g.roundoff for g in self._groups for _ in range(g.rows)], self.dtype)
 
@@ -76,7 +77,7 @@ class Layout:
 
     def sums(self, weights: Matrices, anchors: Matrices, copies: Sequence[Tensor | None] = ()) -> Tensor:
         """What adds up to n of every row, see `lightning_tpgm.blocks.sums`; the weights are written into the copies."""
-        return self._of_rows(partial(blocks.sums, norm=self._kind), weights, anchors, written=copies)
+        return self._of_rows(partial(blocks.sums, norm=self._norm), weights, anchors, written=copies)
 
     def dots(self, gradients: Matrices, weights: Matrices, anchors: Matrices) -> Tensor:
         """<G_row, D_row> of every row."""
@@ -84,7 +85,7 @@ class Layout:
 
     def change_sums(self, weights: Matrices, anchors: Matrices, before: Matrices, gradients: Matrices) -> Tensor:
         """What a change of the weights asks of every row, see `lightning_tpgm.blocks.change_sums`, shape (3, rows)."""
-        return self._of_rows(partial(blocks.change_sums, norm=self._kind), weights, anchors, before, gradients)
+        return self._of_rows(partial(blocks.change_sums, norm=self._norm), weights, anchors, before, gradients)
 
     def step_sums(
         self,
@@ -100,7 +101,7 @@ class Layout:
         D is written into what is kept, one for each tensor; None is left alone.
         """
         targets = [None if group.is_missing(kept) else group.to_write(kept, reads=False) for group in self._groups]
-        function = partial(blocks.step_sums, norm=self._kind, more=more)
+        function = partial(blocks.step_sums, norm=self._norm, more=more)
         found = self._of_rows(function, weights, anchors, before, gradients, written=targets)
         for group, target in zip(self._groups, targets, strict=True):
             if target is not None:
@@ -119,7 +120,7 @@ class Layout:
             ratios: r of every row.
             inside: Whether rounding to 16 bits must not lengthen a row, see `lightning_tpgm.projection.project_inside`.
         """
-        write = partial(blocks.write_inside, norm=self._kind) if inside else blocks.write_projection
+        write = partial(blocks.write_inside, norm=self._norm) if inside else blocks.write_projection
         self._rewrite(write, tensors, ratios, weights, anchors, reads=False)
 
     def add_deviations(

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_tpgm import TPGMCallback
 from lightning_tpgm.callbacks.evaluation import HeldOutLoss
 from lightning_tpgm.callbacks.heldout import HeldOutBatch
-from lightning_tpgm.callbacks.isolation import no_trace
+from lightning_tpgm.callbacks.isolation import Isolation
 from properties import assert_same
 from toys import Blobs, Classifier, blobs, classifier_loss, trainer_in, weights_of
 
@@ -37,7 +37,7 @@ class Evaluate(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         named = dict(pl_module.named_parameters())
-        with no_trace(trainer, pl_module):
+        with Isolation().no_trace(trainer, pl_module):
             self.loss, grads = self.held_out_loss(trainer, pl_module, self.drawn, list(named.values()))
         self.grads = dict(zip(named, grads, strict=True))
 

@@ -34,6 +34,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_tpgm import TPGMCallback
 from lightning_tpgm.callbacks import heldout
 from lightning_tpgm.callbacks.heldout import HeldOutBatches, held_out_batches, rebuild_loader, resolve_loader
+from lightning_tpgm.callbacks.heldout_gradient import HeldOutGradient
 from properties import assert_same
 from toys import CLASSES, FEATURES, Blobs, Classifier, blobs, trainer_in
 
@@ -580,7 +581,10 @@ def test_default_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
         trainer, module = trainer_in(tmp_path, limit_train_batches=0), Classifier()
         trainer.fit(module, Blobs(val=64))
         torch.rand(seed)
-        batches = held_out_batches(trainer, module, None, state)
+        held_out = HeldOutGradient(None, None)
+        held_out.load_state_dict(state or {})
+        held_out.attach(trainer, module)
+        batches = held_out_batches(trainer, module, None, held_out.state_dict(), announce=False)
         return [batch.batch for batch in drawn(batches, 20)], batches.state_dict()
 
     one, state = first_batches(1)
@@ -607,7 +611,8 @@ def test_every_process_has_its_share(given: bool, use_distributed_sampler: bool,
             _accelerator_connector=SimpleNamespace(use_distributed_sampler=use_distributed_sampler),
             val_dataloaders=data.val_dataloader(),
         )
-        batches = held_out_batches(process, module, data.val_dataloader() if given else None)
+        start = {"seed": 0, "drawn": 0, "passes": 0, "position": 0}
+        batches = held_out_batches(process, module, data.val_dataloader() if given else None, start, announce=False)
         one_pass = 2 if given and not use_distributed_sampler else 1
         shares.append({row for batch in drawn(batches, one_pass) for row in map(tuple, batch.batch[0].tolist())})
     whole = set(map(tuple, data.val.tensors[0].tolist()))

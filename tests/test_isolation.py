@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_tpgm import TPGMCallback, WiSEFTCallback
-from lightning_tpgm.callbacks.isolation import Isolation, no_trace
+from lightning_tpgm.callbacks.isolation import Isolation
 from lightning_tpgm.callbacks.memory import Memory
 from lightning_tpgm.callbacks.weights import SMALL
 from properties import assert_same
@@ -163,7 +163,7 @@ def test_change_that_torch_does_not_show_is_an_error() -> None:
     module.frozen = nn.Linear(FEATURES, WIDE).requires_grad_(False)
     with (
         pytest.raises(MisconfigurationException, match=r"changed 'frozen.weight'.*`loss`"),
-        no_trace(trainer_in(Path()), module),
+        Isolation().no_trace(trainer_in(Path()), module),
     ):
         torch.autograd.graph.increment_version(module.frozen.weight)
 
@@ -449,7 +449,7 @@ def test_containers_that_do_more_than_hold_are_not_asked() -> None:
 
 def test_should_stop_is_put_back(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
-    with no_trace(trainer, Bare()):
+    with Isolation().no_trace(trainer, Bare()):
         trainer.should_stop = True
     assert trainer.should_stop is False
 
@@ -715,7 +715,7 @@ def test_logger_keeps_its_folders_and_writes_nothing(kind: Any, tmp_path: Path) 
     logger = kind(tmp_path, name="mine", version="v1")
     trainer = trainer_in(tmp_path, logger=logger)
     expected = (trainer.log_dir, logger.log_dir, logger.save_dir, logger.root_dir, logger.name, logger.version)
-    with no_trace(trainer, Bare()):
+    with Isolation().no_trace(trainer, Bare()):
         silent = trainer.logger
         assert silent is not logger
         assert isinstance(silent, kind)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_tpgm import TPGMCallback
-from lightning_tpgm.callbacks.isolation import no_trace
+from lightning_tpgm.callbacks.isolation import Isolation
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods.radii import Radii
 from lightning_tpgm.projection import radius_slope
@@ -65,7 +65,7 @@ def test_expanded_buffers_are_put_back(shape: tuple[int, ...]) -> None:
     module.seen = torch.zeros(1).expand(4)  # an attribute is no other
     table, before = module.table, module.table.clone()
     assert 0 in table.stride()
-    with no_trace(quiet_trainer(), module):
+    with Isolation().no_trace(quiet_trainer(), module):
         own += 5
         module.seen[:1] += 1
         assert not torch.equal(table, before)
@@ -84,7 +84,7 @@ def test_a_graph_through_a_buffer_survives(changes: bool) -> None:
     first, second = ((weight * module.factor).sum() for _ in range(2))
     first.backward()
     version = module.factor._version
-    with no_trace(quiet_trainer(), module):
+    with Isolation().no_trace(quiet_trainer(), module):
         if changes:
             module.factor.mul_(10)
             module.factor.add_(1)
@@ -159,7 +159,7 @@ def test_mappings_get_back_their_own_keys_and_values_in_order() -> None:
     module = Bare()
     module.tables = tables
     before = {name: list(table.items()) for name, table in tables.items()}
-    with no_trace(quiet_trainer(), module):
+    with Isolation().no_trace(quiet_trainer(), module):
         tables["another key"]["c"] = tables["another key"].pop("a")
         tables["another order"]["a"] = tables["another order"].pop("a")
         tables["an equal key"][Key()] = tables["an equal key"].pop(key)
@@ -180,7 +180,7 @@ def test_buffers_keep_their_names_in_order(tied: bool, again: str) -> None:
     buffers = {"first": first, "second": first if tied else torch.ones(2)}
     for name, buffer in buffers.items():
         module.register_buffer(name, buffer)
-    with no_trace(quiet_trainer(), module):
+    with Isolation().no_trace(quiet_trainer(), module):
         del module.first
         module.register_buffer(again, first)
         assert list(module.state_dict()) == ["second", again]

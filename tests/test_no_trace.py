@@ -24,7 +24,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassPrecision, MulticlassRecall
 
 from lightning_tpgm import TPGMCallback
-from lightning_tpgm.callbacks.isolation import no_trace
+from lightning_tpgm.callbacks.isolation import Isolation
 from properties import assert_same
 from toys import CLASSES, FEATURES, Blobs, Counted, blobs, seed_everything, trainer_in
 
@@ -359,7 +359,7 @@ class Bare(pl.LightningModule):
 
 
 def inside_no_trace(module: pl.LightningModule, action: Callable[[], Any], tmp_path: Path) -> None:
-    with no_trace(trainer_in(tmp_path), module):
+    with Isolation().no_trace(trainer_in(tmp_path), module):
         action()
 
 
@@ -445,7 +445,7 @@ def test_module_says_itself_what_stays_in_train_mode(wrapped: bool, tmp_path: Pa
     module, trainer = Particular(), trainer_in(tmp_path)
     trainer.strategy.model = whole = nn.Sequential(module) if wrapped else module  # wrapped as DDP does it
     module.trainer = trainer
-    with no_trace(trainer, module):
+    with Isolation().no_trace(trainer, module):
         assert [part for part in whole.modules() if part.training] == [module.scaler]
     assert [part for part in whole.modules() if not part.training] == [module.frozen]
 

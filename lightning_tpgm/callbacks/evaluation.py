@@ -19,9 +19,10 @@ from lightning_tpgm.callbacks.framework import (
     to_device,
 )
 from lightning_tpgm.callbacks.heldout import HeldOutBatch
-from lightning_tpgm.callbacks.isolation import isolated_generators, without_subclass
+from lightning_tpgm.callbacks.isolation import isolated_generators
 from lightning_tpgm.callbacks.source import name_of
-from lightning_tpgm.callbacks.step_errors import Description, Evaluation, Step, explained
+from lightning_tpgm.callbacks.step_errors import Description, Evaluation, StepName, explained
+from lightning_tpgm.callbacks.weights import without_subclass
 from lightning_tpgm.gradients import LossGradient
 from lightning_tpgm.methods.method import check
 
@@ -45,7 +46,7 @@ class HeldOutLoss:
     def __init__(self, loss: Loss, eval_mode: bool = True) -> None:
         self.loss, self.eval_mode = loss, eval_mode
         self.trained_on: Description | None = None
-        self._step: Step = (
+        self._step: StepName = (
             "training_step" if loss is None else "validation_step" if loss == "validation_step" else "loss callable"
         )
         self._gradient = LossGradient(attempt=isolated_generators)  # a second attempt draws the same random numbers

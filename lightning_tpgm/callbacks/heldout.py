@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_tpgm.callbacks.framework import (
@@ -134,8 +133,8 @@ def held_out_batches(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     source: Source,
-    state: dict[str, int] | None = None,
-    announce: bool = True,
+    state: dict[str, int],
+    announce: bool,
 ) -> HeldOutBatches:
     """The batches that a callback draws, from what the user passed as ``dataloader``; says which data it uses.
 
@@ -143,7 +142,7 @@ def held_out_batches(
         trainer: Its strategy says which share of the data is this process's.
         pl_module: The module.
         source: A loader, a function that returns one, the import path of either. None: see `default_loaders`.
-        state: What `HeldOutBatches.state_dict` gave, to go on from there.
+        state: Seed and position to go on from, as `HeldOutBatches.state_dict` gives them.
         announce: Whether to say which data it uses.
 
     Raises:
@@ -153,16 +152,14 @@ def held_out_batches(
         loaders, described = default_loaders(trainer, pl_module)
     else:
         loaders, described = [resolve_loader(source)], "`dataloader`"
-    seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62) if state is None else state["seed"]
     replicas = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
     if source is None or (replicas["num_replicas"] > 1 and uses_distributed_sampler(trainer)):
         shuffle = True if source is None else None
-        loaders = [rebuild_loader(loader, shuffle=shuffle, seed=seed, **replicas) for loader in loaders]
+        loaders = [rebuild_loader(loader, shuffle=shuffle, seed=state["seed"], **replicas) for loader in loaders]
     if announce:
         rank_zero_info(f"The radii are learned on {described}.")
-    batches = HeldOutBatches([own_loader(loader) for loader in loaders], seed)
-    if state is not None:
-        batches.load_state_dict(state)
+    batches = HeldOutBatches([own_loader(loader) for loader in loaders], state["seed"])
+    batches.load_state_dict(state)
     return batches
 
 

@@ -35,9 +35,8 @@ class HeldOutGradient:
         self._fit: tuple[pl.Trainer, pl.LightningModule] | None = None
         self._batches: HeldOutBatches | None = None
         self._isolation = Isolation()
-        self._origin: CombinedLoader | int | None = (
-            None  # the trainer's when batches were last drawn, or how many before
-        )
+        # of the last batches: the trainer's loader, or how often it would have reloaded if it has none
+        self._origin: CombinedLoader | int | None = None
         self._recurrent: list[Any] = []  # parts of the module
         self._announced = False  # in this fit, which data they are
         self._state: dict[str, int] = {}  # where the batches are, or will begin
@@ -79,7 +78,7 @@ class HeldOutGradient:
             self._follow_reloaded(trainer)
             if self._batches is None:
                 first, self._announced = not self._announced, True
-                self._batches = held_out_batches(trainer, pl_module, self._source, self._state, announce=first)
+                self._batches = held_out_batches(trainer, pl_module, self._source, self._state, first)
                 if first and not self._splits_itself:
                     warn_of_shared_examples(trainer, self._batches.loaders)
             return self._loss(trainer, pl_module, self._batches.draw(), parameters)

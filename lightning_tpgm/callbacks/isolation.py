@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from operator import itemgetter
 from time import perf_counter
 from typing import Any
@@ -15,9 +15,7 @@ from lightning_tpgm.callbacks.memory import ATOMS, Known, Memory, same_items
 from lightning_tpgm.callbacks.opaque import position
 from lightning_tpgm.callbacks.silence import silent
 from lightning_tpgm.callbacks.structure import Structure
-from lightning_tpgm.callbacks.weights import Weights, without_subclass
-
-__all__ = ["Isolation", "isolated_generators", "no_trace", "without_subclass"]
+from lightning_tpgm.callbacks.weights import Weights
 
 _COSTLY = 1e-2  # seconds
 
@@ -188,11 +186,6 @@ class Isolation:
                 )
 
         stack.callback(say)
-
-
-def no_trace(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[None]:
-    """A single evaluation that leaves no trace, see `Isolation`."""
-    return Isolation().no_trace(trainer, pl_module)
 
 
 @contextmanager

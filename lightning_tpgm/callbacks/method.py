@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -27,7 +26,7 @@ from lightning_tpgm.callbacks.framework import (
     rank_zero_warn,
 )
 from lightning_tpgm.callbacks.logs import Log, Logs
-from lightning_tpgm.callbacks.neighbours import check_neighbours, check_others, key_of, warn_of_leaving
+from lightning_tpgm.callbacks.neighbours import check_neighbours, check_others, warn_of_leaving
 from lightning_tpgm.callbacks.shared import as_plain_numbers, check_shared, configuration_errors, write_out_shared
 from lightning_tpgm.callbacks.surroundings import (
     check_something_to_do,
@@ -253,7 +252,7 @@ class MethodCallback(Asked, PlainCopies, Callback):
     @override
     def state_key(self) -> str:
         """Two instances with different `exclude` have different keys."""
-        return key_of(self, for_whom=sys._getframe(1))
+        return self._generate_state_key(exclude=sorted(self.exclude))
 
     @override
     def state_dict(self) -> dict[str, Any]:

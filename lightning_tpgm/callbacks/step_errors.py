@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_tpgm.callbacks.framework import MisconfigurationException, is_own_error
 
-Step = Literal["training_step", "validation_step", "loss callable"]
+StepName = Literal["training_step", "validation_step", "loss callable"]
 Description = Mapping[str, str]  # what is found at each place of a batch: {"": "list of 2", "[0]": "..."}
 
 _PLACES, _DEPTH, _SHOWN = 50, 4, 3  # the places of a batch that are looked at, how deep, and how many are named
@@ -22,7 +22,7 @@ _OTHER_LOSS = "'validation_step', or a callable (pl_module, batch) -> Tensor"
 class Evaluation(NamedTuple):
     """What is evaluated, in which mode, on which batch; and what the last training batch was like, if that is known."""
 
-    step: Step
+    step: StepName
     eval_mode: bool
     batch: Any
     trained_on: Description | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -65,25 +64,6 @@ def check_step_was_seen(optimizer: Optimizer, announced: Optimizer | None, title
             f"{title} changes gradients in Lightning's on_before_optimizer_step, and {optimizer!r}"
             " stepped without it. Step the optimizer that self.optimizers() returns, with use_pl_optimizer=True."
         )
-
-
-def check_radii_are_alone(trainer: pl.Trainer, callback: MethodCallback) -> None:
-    """Refuse a second radius for the same parameters, also for those that are announced to thaw."""
-    for other in takewhile(lambda other: other is not callback, callbacks_of(trainer)):
-        both = _ball_of(other, trainer) & _ball_of(callback, trainer)
-        if both:
-            raise MisconfigurationException(
-                f"{other!r} and {callback!r} both learn a radius for {len(both)} parameters, {min(both)!r} among"
-                " them. Each would take the other's projection for the optimizer's step. Exclude them in one."
-            )
-
-
-def _ball_of(callback: object, trainer: pl.Trainer) -> set[str]:
-    """The parameters that a callback keeps inside balls after steps, now or later."""
-    constraint = getattr(callback, "_constraint", None)
-    if constraint is None or not constraint.at_hand:
-        return set()
-    return {*constraint.anchors.parameters, *(constraint.anchors.waiting if unfreezes(trainer) else ())}
 
 
 def unfreezes(trainer: pl.Trainer) -> bool:

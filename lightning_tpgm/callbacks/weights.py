@@ -29,7 +29,7 @@ class Weights:
 
     def __init__(self) -> None:
         self._seen: list[Tensor] = []  # what the following were made for
-        self._fixed = _Group([], True)
+        self._fixed = _Sorted([], True)
 
     @contextmanager
     def unchanged(
@@ -46,8 +46,8 @@ class Weights:
             MisconfigurationException: If one changed that has no copy.
         """
         if fixed is not self._seen or self._fixed.is_elsewhere():  # training itself may have given them other memory
-            self._seen, self._fixed = fixed, _Group(fixed, _can_watch(fixed))
-        groups = [self._fixed, _Group(loose, self._fixed.can_watch)]
+            self._seen, self._fixed = fixed, _Sorted(fixed, _can_watch(fixed))
+        groups = [self._fixed, _Sorted(loose, self._fixed.can_watch)]
         for group in groups:
             for small in group.small:
                 small.take()
@@ -61,7 +61,7 @@ class Weights:
                 yield
         finally:
             restored = {*copies}
-            for group in filter(_Group.is_elsewhere, groups):
+            for group in filter(_Sorted.is_elsewhere, groups):
                 restored |= group.point_back()
             with ExitStack() as stack:  # all of them, also after one that raises
                 for put_back in [s.put_back for group in groups for s in group.small] + [
@@ -81,8 +81,8 @@ class Weights:
                 )
 
 
-class _Group:
-    """Tensors by how they are put back.
+class _Sorted:
+    """Tensors, sorted by how they are put back.
 
     Attributes:
         can_watch: Whether writes to large ones can be seen.

@@ -46,7 +46,7 @@ class Radii(LearnedScalars):
     SMOOTHING = 0.95  # of the pace
     GROWTH = 1.5**0.25  # by which factor a radius may grow in an optimizer step
     FREE = 0.2  # of the rate, which is a tenth of the pace: so large it may become at once
-    PINNED = 0.1  # a projection that leaves less of a tensor's deviation holds it at its anchor
+    HOLDS = 0.1  # a projection that leaves less of a tensor's deviation holds it at its anchor
     _PACE = ("pace", "followed")
     _SEEN = ("projections", "bound", "pinned", "wanted", "allowed")
     _MORE = ("distance", "reach", *_PACE, *_SEEN)
@@ -130,7 +130,7 @@ class Radii(LearnedScalars):
         self.projections = self.projections + moved
         bound = moved & self._binds
         self.bound = self.bound + bound
-        self.pinned = self.pinned + (bound & (left < self.PINNED))
+        self.pinned = self.pinned + (bound & (left < self.HOLDS))
         finite = moved & (self.reach < torch.inf)  # False for what is not a number
         share = self.projections.reciprocal()
         for name, now in (("wanted", self.reach), ("allowed", self.distance)):

@@ -6,13 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning_tpgm.observing.plotting import BLUE, ORANGE, axes_for
+from lightning_tpgm.observing.plotting import BLUE, GREY, ORANGE, axes_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-GREY = "0.3"
 
 
 def plot_alphas(

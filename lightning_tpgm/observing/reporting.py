@@ -9,7 +9,7 @@ Quantities are vectors of shape (T,) for T constrained tensors:
 - ``binds``: whether that was less than all;
 - ``wanted``, ``allowed``: the distance before and after a projection, as a mean over the tensor's steps;
 - ``bound``: in which share of its steps a projection changed it;
-- ``pinned``: in which share it left nearly nothing, see `lightning_tpgm.methods.radii.Radii.PINNED`.
+- ``pinned``: in which share it left nearly nothing, see `lightning_tpgm.methods.radii.Radii.HOLDS`.
 
 After the fact there is one projection: its ``wanted`` and ``allowed``, and no shares of steps.
 """
