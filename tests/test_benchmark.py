@@ -134,7 +134,7 @@ def test_whether_auto_is_within_an_error_of_the_best_fixed_rate() -> None:
 
 
 def test_targets_are_judged_by_what_was_found() -> None:
-    """Five targets of a suite that was run at two rates; the sixth needs fixed rates of the radii."""
+    """Six targets of a suite that was run at two rates; the seventh needs fixed rates of the radii."""
 
     def judged(tpgm: tuple[float, float], wise_ft: float = 0.5) -> dict[str, tuple[str, bool]]:
         accuracies = {PLAIN: (0.6, 0.5), TPGM: tpgm, TPGM_SWEEP: (0.6, 0.6), WISE_FT: (0.6, wise_ft)}
@@ -156,7 +156,26 @@ def test_targets_are_judged_by_what_was_found() -> None:
     assert worse["in distribution, at no rate below plain by more than 1"] == ("-2.0 at 0.1", False)
     assert worse["in distribution, above plain on average"] == ("-2.0 ± 0.0", False)
     assert worse["shifted, the sweep after TPGM above WiSE-FT by two errors"] == ("-5.0 ± 0.0", False)
-    assert len(worse) == 5
+    nowhere = "the sweep after TPGM nowhere below WiSE-FT by more than an error"
+    assert (better[nowhere], worse[nowhere]) == (
+        ("+0.0 ± 0.0 in distribution, usual", True),
+        ("-5.0 ± 0.0 shifted, usual", False),
+    )
+    assert len(worse) == 6
+
+
+def test_standard_errors_on_emoji_are_judged() -> None:
+    for gains, found in (((0.1, 0.11), ("0.5 to 0.5", True)), ((0.1, 0.2), ("5.0 to 5.0", False))):
+        results = [
+            result(run(method, lr, seed=seed), here=0.5, there=0.5 + gain * (method == TPGM))
+            for method in (PLAIN, TPGM)
+            for lr in (0.1, 0.2)
+            for seed, gain in enumerate(gains)
+        ]
+        suite = suite_results(results)
+        suite.name = "emoji"
+        rows = {target: (text, met) for target, _, text, met in targets.rows([suite])}
+        assert rows["standard errors on groups of styles: 0.7"] == found
 
 
 def test_the_worst_two_seeds_of_digits_are_judged() -> None:

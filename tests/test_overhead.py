@@ -52,6 +52,11 @@ def test_committed_ratios_are_within_their_bounds(report: ModuleType) -> None:
     assert len(found) == 2
     assert "ViT-B/16, batch 8: TPGM, l2 / floor" in found[0]
     assert "MiniLM-L6, batch 32: plain + SPD" in found[1]
+    times["MiniLM-L6", 8]["TPGM, mars: projection"] *= 10
+    (slow,) = set(report.too_slow(times, own)) - set(found)
+    assert slow.startswith("MiniLM-L6, batch 8: plain + TPGM = ")
+    assert slow.endswith("expected at most 1.3")
+    found.append(slow)
     times["ResNet-50", 1] |= {"FTP, mars": 0.8, "naive FTP": 1.0}
     times["20 tensors", 1] |= {"FTP, mars": 0.8, "naive FTP": 1.0}
     (found,) = set(report.too_slow(times, own)) - set(found)

@@ -29,7 +29,35 @@ def rows(suites: Sequence[SuiteResults]) -> Iterator[Row]:
             yield _nowhere_below(suite, settings)
         for condition in (USUAL, *suite.conditions.keys() & {COSINE}):
             yield from _averages(suite, condition)
+        yield from _sweep_nowhere_below(suite)
+        if suite.name == "emoji":
+            yield from _standard_errors(suite)
     yield from _automatic(suites)
+
+
+def _sweep_nowhere_below(suite: SuiteResults) -> Iterator[Row]:
+    """In every condition that has results of two seeds or more, averaged over its learning rates."""
+    found = {
+        f"{heading}, {condition}": mean_and_its_error
+        for condition in (USUAL, *suite.conditions)
+        for heading, domains in suite.both
+        if not math.isnan((mean_and_its_error := suite.over_rates(TPGM_SWEEP, WISE_FT, domains, condition))[1])
+    }
+    if found:
+        worst = min(found, key=lambda each: sum(found[each]))
+        mean, error = found[worst]
+        target = "the sweep after TPGM nowhere below WiSE-FT by more than an error"
+        yield target, suite.name, f"{mean:+.1f} ± {error:.1f} {worst}", mean >= -error
+
+
+def _standard_errors(suite: SuiteResults) -> Iterator[Row]:
+    """Of TPGM less plain fine-tuning."""
+    groups = [domains for name, domains in suite.columns.items() if name != IN_DISTRIBUTION]
+    pairs = [suite.pairs(TPGM, PLAIN, USUAL, lr) for lr in suite.rates]
+    errors = [mean_and_error(differences(pair, domains))[1] for pair in pairs if pair for domains in groups]
+    if errors:
+        found = f"{min(errors):.1f} to {max(errors):.1f}"
+        yield "standard errors on groups of styles: 0.7", suite.name, found, max(errors) <= 0.7
 
 
 def _automatic(suites: Sequence[SuiteResults]) -> Iterator[Row]:
