@@ -17,6 +17,7 @@ from lightning_tpgm.methods.method import Method, Step
 from lightning_tpgm.observing.reporter import Quantities
 from lightning_tpgm.optimizers import goes_up, needs_unscaled_gradients, weights_for_evaluation, with_gradient
 from lightning_tpgm.selection import check_dense
+from lightning_tpgm.sharding import split_gradients
 from lightning_tpgm.steps import Steps
 
 
@@ -117,6 +118,7 @@ class Constraint(Attached):
             self.reporter.leaving.look(tensors, self.quantities())
         if self.method.changes_gradients and (tensors := self._stepped_by(step)) is not None:
             check_dense(self.title, dict(zip(tensors.names, tensors.parameters, strict=True)))
+            split_gradients(tensors.parameters)
             self.method.change_gradients(tensors, step)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ and inner products wherever the tensor is. All values of one kind travel in one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,14 @@ def local_gradient(grad: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(grad, DTensor) and isinstance(parameter, DTensor):
         grad = grad.redistribute(placements=parameter.placements)
     return local(grad)
+
+
+def split_gradients(parameters: Iterable[Tensor]) -> None:
+    """Split each ``.grad`` like its parameter, so that `local_gradient` is a part of it and no copy. Collective."""
+    for parameter in parameters:
+        grad = parameter.grad
+        if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+            parameter.grad = grad.redistribute(placements=parameter.placements)
 
 
 def split_like(value: Tensor, parameter: Tensor) -> Tensor:
