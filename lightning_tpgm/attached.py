@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_tpgm.anchors import AnchorDevice, Anchors, Place, exchanged
-from lightning_tpgm.constrained import Constrained, gathering
+from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods.method import Method
 from lightning_tpgm.observing.leaving import too_long_for_max_norm
 from lightning_tpgm.observing.reporter import Reporter
 from lightning_tpgm.observing.shown import Shown
 from lightning_tpgm.references import AnchorFile, moved, named, put_back
 from lightning_tpgm.selection import buffers_of, tensors_of
-from lightning_tpgm.sharding import reshard
+from lightning_tpgm.sharding import gathering, reshard
 
 Say = Callable[[str], None]
 Tensors = Mapping[str, Tensor]  # by name

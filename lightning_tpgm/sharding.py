@@ -78,6 +78,11 @@ def is_fsdp2(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
+def gathering(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that FSDP2's ``fully_shard`` was applied to."""
+    return [module for module in model.modules() if is_fsdp2(module)]
+
+
 class Sharding:
     """How constrained tensors are split over processes, and the sums that this asks for.
 
