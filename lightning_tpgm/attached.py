@@ -83,6 +83,7 @@ class Attached(Shown):
         pretrained: Tensors | None = None,
         path: Path | None = None,
     ) -> None:
+        self._check_kind(state)
         self._file = None if self._save_anchor else moved(named(state), path)
         self._put_aside()
         self.anchors.restore(put_back(state, path, pretrained), candidates)
@@ -176,7 +177,22 @@ class Attached(Shown):
 
     def state_dict(self) -> dict[str, Any]:
         """Anchors or their file, what was learned and what was seen, on the CPU. Collective where tensors are split."""
-        return {**self._kept(), "method": self.method.state(), "history": self.reporter.history.state_dict()}
+        learned, history = self.method.state(), self.reporter.history.state_dict()
+        return {**self._kept(), "of": self._kind, "method": learned, "history": history}
+
+    @property
+    def _kind(self) -> dict[str, str]:
+        """Of whom a state is."""
+        return {"method": type(self.method).__name__, "norm": self.method.norm}
+
+    def _check_kind(self, state: Mapping[str, Any]) -> None:
+        found = state.get("of", self._kind)  # older states do not say
+        if found != self._kind:
+            here, there = ("{method} with norm {norm!r}".format_map(kind) for kind in (self._kind, found))
+            raise ValueError(
+                f"The state should be one of {here}, found one of {there}. Go on with the method and the norm of the"
+                " run that wrote it, or begin anew without the state."
+            )
 
     def _kept(self) -> dict[str, Any]:
         if self._file is None:
@@ -193,7 +209,7 @@ class Attached(Shown):
         """Take over what `state_dict` gave: the anchors are the original ones, whatever the model holds now.
 
         Raises:
-            ValueError: If the state is of another method, its anchors do not fit the model, or there is no model.
+            ValueError: If the state is of another method or norm, its anchors do not fit, or there is no model.
         """
         if self.tensors is None:
             raise ValueError(f"{self.title} is attached to no model. Call load_state_dict before remove.")
@@ -205,12 +221,14 @@ class Attached(Shown):
 
     def recall(self, state: Mapping[str, Any]) -> None:
         """Know what `state_dict` gave, and be attached to no model."""
+        self._check_kind(state)
         self.anchors.load_state_dict(put_back(state, copy=True))
         self._file = None if self._save_anchor else named(state)
         self._load(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """What was learned and seen alone."""
+        self._check_kind(state)
         self._load(state)
         if self.tensors is not None:
             self.method.place(self.tensors)
