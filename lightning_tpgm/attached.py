@@ -32,6 +32,12 @@ class Attached(Shown):
     def __init__(
         self, method: Method, anchor_device: AnchorDevice, save_anchor: bool, title: str, warn: Say, tell: Say
     ) -> None:
+        if method.is_taken:
+            raise ValueError(
+                "`method` has been given to a model before, and keeps what it learned of that one. Pass a new"
+                f" {type(method).__name__} for each model."
+            )
+        method.is_taken = True
         self.method, self.title = method, title
         self._place: Place = "device" if anchor_device is None else "host"  # of anchors that are used
         self.anchors = Anchors(self._place)

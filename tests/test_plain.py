@@ -946,6 +946,26 @@ def test_errors_of_what_is_passed() -> None:
         constraint.load_state_dict(state)
 
 
+@pytest.mark.parametrize("make", [SPD, FTP, TPGM])
+@pytest.mark.parametrize("removed", [True, False])
+def test_a_method_object_is_of_one_model(make: type[Method], removed: bool) -> None:
+    """Also after `remove`: what was learned can still be asked for."""
+    first, second = nn.Linear(2, 2), nn.Linear(3, 3)
+    method = make()
+    losses = [partial(mse, model, HELD_OUT[0]) if make is TPGM else None for model in (first, second)]
+    constraint = constrain(first, method, torch.optim.SGD(first.parameters(), lr=0.1), held_out_loss=losses[0])
+    if removed:
+        constraint.remove()
+    before, held_out = constraint.state_dict(), getattr(method, "held_out", None)
+    optimizer = torch.optim.SGD(second.parameters(), lr=0.1)
+    refused = rf"^`method` has been given to a model before, .* Pass a new {make.__name__} for each model\.$"
+    with pytest.raises(ValueError, match=refused):
+        constrain(second, method, optimizer, held_out_loss=losses[1])
+    assert hooks_of(optimizer) == []
+    assert_same(constraint.state_dict(), before)
+    assert getattr(method, "held_out", None) is held_out
+
+
 class Own(FTP):
     """A method of somebody else's."""
 
