@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_tpgm.anchors import AnchorDevice, Anchors, Place, exchanged
-from lightning_tpgm.constrained import Constrained, gathering
+from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods.method import Method
 from lightning_tpgm.observing.leaving import too_long_for_max_norm
 from lightning_tpgm.observing.reporter import Reporter
 from lightning_tpgm.observing.shown import Shown
 from lightning_tpgm.references import AnchorFile, moved, named, put_back
 from lightning_tpgm.selection import buffers_of, tensors_of
-from lightning_tpgm.sharding import reshard
+from lightning_tpgm.sharding import gathering, reshard
 
 Say = Callable[[str], None]
 Tensors = Mapping[str, Tensor]  # by name
@@ -32,6 +32,12 @@ class Attached(Shown):
     def __init__(
         self, method: Method, anchor_device: AnchorDevice, save_anchor: bool, title: str, warn: Say, tell: Say
     ) -> None:
+        if method.is_taken:
+            raise ValueError(
+                "`method` has been given to a model before, and keeps what it learned of that one. Pass a new"
+                f" {type(method).__name__} for each model."
+            )
+        method.is_taken = True
         self.method, self.title = method, title
         self._place: Place = "device" if anchor_device is None else "host"  # of anchors that are used
         self.anchors = Anchors(self._place)
@@ -83,6 +89,7 @@ class Attached(Shown):
         pretrained: Tensors | None = None,
         path: Path | None = None,
     ) -> None:
+        self._check_kind(state)
         self._file = None if self._save_anchor else moved(named(state), path)
         self._put_aside()
         self.anchors.restore(put_back(state, path, pretrained), candidates)
@@ -176,7 +183,22 @@ class Attached(Shown):
 
     def state_dict(self) -> dict[str, Any]:
         """Anchors or their file, what was learned and what was seen, on the CPU. Collective where tensors are split."""
-        return {**self._kept(), "method": self.method.state(), "history": self.reporter.history.state_dict()}
+        learned, history = self.method.state(), self.reporter.history.state_dict()
+        return {**self._kept(), "of": self._kind, "method": learned, "history": history}
+
+    @property
+    def _kind(self) -> dict[str, str]:
+        """Of whom a state is."""
+        return {"method": type(self.method).__name__, "norm": self.method.norm}
+
+    def _check_kind(self, state: Mapping[str, Any]) -> None:
+        found = state.get("of", self._kind)  # older states do not say
+        if found != self._kind:
+            here, there = ("{method} with norm {norm!r}".format_map(kind) for kind in (self._kind, found))
+            raise ValueError(
+                f"The state should be one of {here}, found one of {there}. Go on with the method and the norm of the"
+                " run that wrote it, or begin anew without the state."
+            )
 
     def _kept(self) -> dict[str, Any]:
         if self._file is None:
@@ -193,7 +215,7 @@ class Attached(Shown):
         """Take over what `state_dict` gave: the anchors are the original ones, whatever the model holds now.
 
         Raises:
-            ValueError: If the state is of another method, its anchors do not fit the model, or there is no model.
+            ValueError: If the state is of another method or norm, its anchors do not fit, or there is no model.
         """
         if self.tensors is None:
             raise ValueError(f"{self.title} is attached to no model. Call load_state_dict before remove.")
@@ -205,12 +227,14 @@ class Attached(Shown):
 
     def recall(self, state: Mapping[str, Any]) -> None:
         """Know what `state_dict` gave, and be attached to no model."""
+        self._check_kind(state)
         self.anchors.load_state_dict(put_back(state, copy=True))
         self._file = None if self._save_anchor else named(state)
         self._load(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """What was learned and seen alone."""
+        self._check_kind(state)
         self._load(state)
         if self.tensors is not None:
             self.method.place(self.tensors)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tpgm.layout import Layout, Matrices
+from lightning_tpgm.layout import Layout, Matrices, Spares
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.optimizers import learning_rate
 from lightning_tpgm.projection import is_coarse, safe_ratio
-from lightning_tpgm.sharding import Sharding, is_fsdp2, is_split, local, local_gradient
+from lightning_tpgm.sharding import Sharding, is_split, local, local_gradient
 
 
 class Constrained:
@@ -50,6 +50,7 @@ class Constrained:
         self._anchors = [anchors[name] for name in parameters]
         self._gathering = gathering
         self._subsets: dict[tuple[int, ...], Constrained] = {}
+        self._spares = Spares()  # of all subsets together
 
     # ---- which tensors
 
@@ -80,6 +81,7 @@ class Constrained:
             anchors = {self.names[i]: self._anchors[i] for i in indices}
             at = self.vector(indices, torch.long)
             self._subsets[key] = Constrained(some, anchors, self.norm, self._gathering, at)
+            self._subsets[key]._spares = self._spares
         return self._subsets[key]
 
     @property
@@ -111,9 +113,9 @@ class Constrained:
         """W0: this process's parts."""
         return self._layout.arrange([local(anchor) for anchor in self._anchors])
 
-    @cached_property
+    @property
     def _spare(self) -> list[Tensor | None]:
-        return self._layout.spare()
+        return self._spares.of(self.names, self._layout)
 
     @cached_property
     def _row_sizes(self) -> Tensor:
@@ -295,8 +297,3 @@ class Constrained:
     def add_multiples(self, gradients: Sequence[Tensor | None], deviations: Matrices, factors: Tensor) -> None:
         """G := G + factor D, in place, from D itself; otherwise as `add_deviations`."""
         self._layout.add_multiples(gradients, deviations, self.of_rows(factors))
-
-
-def gathering(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that FSDP2's ``fully_shard`` was applied to."""
-    return [module for module in model.modules() if is_fsdp2(module)]

@@ -17,6 +17,7 @@ from lightning_tpgm.methods.method import Method, Step
 from lightning_tpgm.observing.reporter import Quantities
 from lightning_tpgm.optimizers import goes_up, needs_unscaled_gradients, weights_for_evaluation, with_gradient
 from lightning_tpgm.selection import check_dense
+from lightning_tpgm.sharding import split_gradients
 from lightning_tpgm.steps import Steps
 
 
@@ -44,7 +45,7 @@ class Constraint(Attached):
         super().__init__(method, anchor_device, save_anchor, title or type(method).__name__, warn, tell)
         self.steps = Steps(self.before, self._gradients, self.after)
         self.record_every = 1  # steps, where quantities have to be measured
-        self._looks = False  # when the gradients of this step are there
+        self._looks = False  # in this step, as soon as nobody else writes to weights
         self._stepping: Constrained | None = None  # those that the step which is under way moves
         self.is_settled = False  # which these are
 
@@ -73,8 +74,14 @@ class Constraint(Attached):
         self.steps.follow(optimizers)
 
     @torch.no_grad()
-    def before(self, step: Step) -> None:
-        """An optimizer is about to step. Its closure may freeze tensors, and thaw others."""
+    def before(self, step: Step, settled: bool = True) -> None:
+        """An optimizer is about to step. Its closure may freeze tensors, and thaw others.
+
+        Args:
+            step: That of the optimizer.
+            settled: Whether nobody but the step itself writes to weights before they move. It may call its closure at
+                others.
+        """
         self.join()
         tensors = self.tensors if self.at_hand else None
         self._looks = tensors is not None and self.reporter.leaving.is_due(step.index, tensors)
@@ -82,6 +89,8 @@ class Constraint(Attached):
             raise ValueError(needs_unscaled_gradients(self.title, step.optimizer))
         self._stepping, self.is_settled = None, False
         self._begin(step)
+        if settled:
+            self._look(step)
 
     @torch.no_grad()
     def settle(self, step: Step, join: Callable[[Collection[int]], object] | None = None) -> None:
@@ -112,12 +121,16 @@ class Constraint(Attached):
     @torch.no_grad()
     def change_gradients(self, step: Step) -> None:
         """Its gradients are there, and not used yet."""
+        self._look(step)
+        if self.method.changes_gradients and (tensors := self._stepped_by(step)) is not None:
+            check_dense(self.title, dict(zip(tensors.names, tensors.parameters, strict=True)))
+            split_gradients(tensors.parameters)
+            self.method.change_gradients(tensors, step)
+
+    def _look(self, step: Step) -> None:
         looks, self._looks = self._looks, False  # a closure that is called again may be at other weights
         if looks and (tensors := self._stepped_by(step)) is not None:
             self.reporter.leaving.look(tensors, self.quantities())
-        if self.method.changes_gradients and (tensors := self._stepped_by(step)) is not None:
-            check_dense(self.title, dict(zip(tensors.names, tensors.parameters, strict=True)))
-            self.method.change_gradients(tensors, step)
 
     @torch.no_grad()
     def after(self, step: Step) -> None:

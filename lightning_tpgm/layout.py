@@ -208,3 +208,18 @@ class Layout:
     def on_device(self, values: Sequence[float], dtype: torch.dtype = torch.bool) -> Tensor:
         """Python's values as a tensor where the tensors are, without waiting for the device."""
         return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
+
+
+class Spares:
+    """What `Layout.spare` gives, kept for the next step, for some tensors at a time: there is one of each tensor."""
+
+    def __init__(self) -> None:
+        self._kept: dict[frozenset[str], list[Tensor | None]] = {}
+
+    def of(self, names: Sequence[str], layout: Layout) -> list[Tensor | None]:
+        """That of these tensors, which this layout arranges; others that share one with these make way."""
+        key = frozenset(names)
+        if key not in self._kept:
+            self._kept = {others: spare for others, spare in self._kept.items() if others.isdisjoint(key)}
+            self._kept[key] = layout.spare()
+        return self._kept[key]

@@ -59,7 +59,8 @@ def constrain(
 
     Raises:
         ValueError: For a pattern that matches nothing, pretrained weights that do not fit, or nothing to constrain. For
-            optimizers that step nothing of it, or `TPGM` without ``held_out_loss``.
+            optimizers that step nothing of it, `TPGM` without ``held_out_loss``, or a method object that another call
+            had.
         TypeError: For something else than a method, or a string as ``exclude``. For an optimizer without hooks on its
             step, or one that evaluates other weights than it steps.
 
@@ -86,14 +87,15 @@ def constrain(
     if isinstance(method, TPGM):
         if held_out_loss is None:
             raise ValueError("`held_out_loss` is missing: TPGM learns its radii from it. FTP needs no held-out data.")
-        method.held_out = PlainHeldOut(model, held_out_loss)
     elif held_out_loss is not None:
         raise ValueError(f"`held_out_loss` has no effect with {type(method).__name__}. Leave it out.")
     reshard(model)
     candidates = constrainable(model, exclude, buffers=method.constrains_buffers)
     check_save_anchor(save_anchor, pretrained)
-    constraint = Constraint(method, anchor_device, save_anchor)
     read = None if pretrained is None else read_pretrained(pretrained)
+    constraint = Constraint(method, anchor_device, save_anchor)  # takes the method, or refuses it
+    if isinstance(method, TPGM) and held_out_loss is not None:
+        method.held_out = PlainHeldOut(model, held_out_loss)
     constraint.begin(model, candidates, read, path_of(pretrained))
     if not constraint.anchors.joined and not constraint.anchors.waiting:
         raise ValueError(

@@ -6,7 +6,7 @@ and inner products wherever the tensor is. All values of one kind travel in one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,14 @@ def local_gradient(grad: Tensor, parameter: Tensor) -> Tensor:
     return local(grad)
 
 
+def split_gradients(parameters: Iterable[Tensor]) -> None:
+    """Split each ``.grad`` like its parameter, so that `local_gradient` is a part of it and no copy. Collective."""
+    for parameter in parameters:
+        grad = parameter.grad
+        if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+            parameter.grad = grad.redistribute(placements=parameter.placements)
+
+
 def split_like(value: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of a whole tensor that is to be split like a parameter; no communication."""
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
@@ -68,6 +76,11 @@ def reshard(module: nn.Module) -> None:
 def is_fsdp2(module: nn.Module) -> bool:
     """Whether FSDP2's ``fully_shard`` was applied to the module itself."""
     return isinstance(module, FSDPModule)
+
+
+def gathering(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that FSDP2's ``fully_shard`` was applied to."""
+    return [module for module in model.modules() if is_fsdp2(module)]
 
 
 class Sharding:

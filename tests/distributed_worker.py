@@ -19,8 +19,14 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -90,6 +96,11 @@ class Module(pl.LightningModule):
             fully_shard(self.net, mesh=mesh)
         if self.strategy in ("tensor_parallel", "mesh"):
             plan = {"second": ColwiseParallel(), "head": RowwiseParallel()}
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+        if self.strategy == "sequence_parallel":  # the rows of a batch are its sequence
+            parts = PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=Shard(0))
+            norm, second = SequenceParallel(sequence_dim=0), ColwiseParallel(input_layouts=Shard(0))
+            plan = {"first": parts, "norm": norm, "second": second, "head": RowwiseParallel()}
             parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
         if self.strategy == "mesh":  # parts of rows, of columns, and what is split twice
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
@@ -169,7 +180,8 @@ def train(
 ) -> dict[str, Any]:
     """One fit; the result holds what this rank saw."""
     # the processes of one tensor-parallel group see the same batches
-    shares, share = {"tensor_parallel": (1, 0), "mesh": (2, rank // 2)}.get(strategy, (world_size, rank))
+    groups = {"tensor_parallel": (1, 0), "sequence_parallel": (1, 0), "mesh": (2, rank // 2)}
+    shares, share = groups.get(strategy, (world_size, rank))
     batch = GLOBAL_BATCH // shares
     train_set, held_out = data(STEPS * GLOBAL_BATCH, seed=2), data(3 * GLOBAL_BATCH, seed=3)
     sampler = DistributedSampler(train_set, shares, share, shuffle=False)
@@ -181,7 +193,8 @@ def train(
     callback = METHODS[method]["class"](exclude=["net.head.bias"], **options)
     seen = Seen(callback)
     module = Module(strategy, optimizer)
-    sizes = {"fsdp2": (2, 1), "tensor_parallel": (1, 2), "mesh": (2, 2)}.get(strategy, (1, 1))
+    meshes = {"fsdp2": (2, 1), "tensor_parallel": (1, 2), "sequence_parallel": (1, 2), "mesh": (2, 2)}
+    sizes = meshes.get(strategy, (1, 1))
     strategies: dict[str, Any] = {
         "single": "auto",
         "ddp": DDPStrategy(process_group_backend="gloo"),
@@ -231,6 +244,7 @@ def pretrained_file(folder: Path) -> Path:
     return folder / "pretrained.pt"
 
 
+SUMMED = ("tpgm_mars", "ftp_mars", "digrap", "spd", "l2sp")  # what goes by gradients, which are parts of a sum
 FROM_FILE = ("tpgm_mars", "tpgm_fit_end", "wise_ft")
 # saved after the first epoch on the first and resumed on the second
 RESUMED = [("single", "ddp"), ("ddp", "single"), ("single", "fsdp2"), ("fsdp2", "single"), ("fsdp2", "fsdp2")]
@@ -251,6 +265,8 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
             }
         found[f"{strategy}-own_loader"] = {"strategy": strategy, "method": "tpgm_mars", "own_loader": True}
         found[f"{strategy}-adamw"] = {"strategy": strategy, "method": "tpgm_l2", "optimizer": "adamw"}
+    for method in SUMMED:
+        found[f"sequence_parallel-{method}"] = {"strategy": "sequence_parallel", "method": method}
     for strategy in ("ddp_find_unused", "ddp_static"):
         found[f"{strategy}-tpgm_mars"] = {"strategy": strategy, "method": "tpgm_mars"}
     for method in RESUMED_METHODS:

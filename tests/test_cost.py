@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import lightning_tpgm.groups
-from lightning_tpgm import AnchorDecayCallback, DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, TPGMCallback
+from lightning_tpgm import (
+    AnchorDecayCallback,
+    DiGraPCallback,
+    FTPCallback,
+    L2SPCallback,
+    SPDCallback,
+    TPGMCallback,
+    constrain,
+)
 from lightning_tpgm.constrained import Constrained
-from lightning_tpgm.methods import TPGM, Method, Step
+from lightning_tpgm.layout import Layout
+from lightning_tpgm.methods import SPD, TPGM, Method, Step
 from toys import quiet_trainer
 
 METHODS: dict[str, Callable[[], Any]] = {
@@ -99,6 +109,33 @@ def test_cheap_no_intermediate_result_is_larger_than_a_block(method: str, monkey
     sizes = sizes_in_a_step(method, Scales(2, 1000), monkeypatch)
     assert not [size for size in sizes if size > 100]
     assert 100 in sizes
+
+
+@pytest.mark.parametrize("make", [lambda: TPGM(every_n_steps=1), SPD], ids=["tpgm", "spd"])
+def test_cheap_memory_for_a_deviation_is_there_once_whatever_is_frozen_in_turns(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lightning_tpgm.groups, "SHARED", 4)  # each of these tensors has memory of its own
+    module = Scales(8, 4)
+    optimizer = module.configure_optimizers()
+    method, made, spare = make(), [], Layout.spare
+    held_out = (lambda: module.training_step(torch.ones(1), 0)) if isinstance(method, TPGM) else None
+    constraint = constrain(module, method, optimizer, held_out_loss=held_out)
+
+    def noted(self: Layout) -> list[Tensor | None]:
+        made.append(weakref.WeakSet(found := spare(self)))
+        return found
+
+    monkeypatch.setattr(Layout, "spare", noted)
+    for step in range(20):
+        for index, scale in enumerate(module.scales):
+            scale.requires_grad_(index != step % 10)
+        optimizer.zero_grad()
+        module.training_step(torch.ones(1), 0).backward()
+        optimizer.step()
+        assert sum(tensor.numel() for tensors in made for tensor in tensors) <= 8 * 4
+    assert len(made) > 10
+    assert constraint.distances
 
 
 def test_cheap_the_weights_before_a_projection_are_kept_in_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:

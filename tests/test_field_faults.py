@@ -27,7 +27,7 @@ from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.methods import FTP, SPD
 from properties import assert_inside_ball, assert_same
 from test_contract import METHODS, Method
-from toys import Toy, quiet_trainer, sgd, toy, train_loader, val_loader, weights_of
+from toys import ByHand, Sharp, Toy, quiet_trainer, sgd, toy, train_loader, val_loader, weights_of
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS)
@@ -83,6 +83,21 @@ def test_weights_loaded_before_the_step_of_a_bare_optimizer_are_the_anchors() ->
 
     callback, start = TPGMCallback(loss="validation_step"), toy(5).state_dict()
     fit(Manual(), callback)
+    assert_same(callback.anchor, {name: start[name] for name in callback.anchor})
+
+
+@pytest.mark.parametrize("make", [FTPCallback, SPDCallback, L2SPCallback])
+def test_weights_that_a_closure_in_manual_optimization_is_called_at_are_no_anchors(make: type[MethodCallback]) -> None:
+    """Those before the step are, loaded in the training step."""
+
+    class Loads(ByHand):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                load(self)
+            super().training_step(batch, batch_idx)
+
+    callback, start = make(), toy(5).state_dict()
+    fit(Loads(lambda parameters: Sharp(parameters, lr=0.01)), callback)
     assert_same(callback.anchor, {name: start[name] for name in callback.anchor})
 
 

@@ -23,7 +23,7 @@ from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallbac
 from lightning_tpgm.methods import FTP, TPGM
 from lightning_tpgm.observing.leaving import Leaving
 from properties import distances
-from toys import Toy, quiet_trainer, toy, train_loader, val_loader
+from toys import ByHand, Sharp, Toy, quiet_trainer, toy, train_loader, val_loader
 
 try:
     from lightning.pytorch.callbacks import WeightAveraging
@@ -366,6 +366,32 @@ class Twice(torch.optim.SGD):
 def test_closures_at_other_weights_are_no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Leaving, "EVERY", 2)
     assert said(TPGMCallback(), module=pretrained(lambda parameters: Twice(parameters, lr=0.05))) == []
+
+
+def beside(parameters: Any) -> torch.optim.Optimizer:
+    return Sharp(parameters, lr=0.05)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_closure_that_is_called_at_other_weights_at_first_is_no_alarm(masked: bool) -> None:
+    """In manual optimization; what was written before the step is one."""
+    callbacks = (TPGMCallback(loss="validation_step"), At("on_train_batch_end", mask if masked else lambda _: None))
+    texts = [text for text in said(*callbacks, module=ByHand(beside)) if LEFT in text]
+    assert ["'hidden.weight'" in text for text in texts] == ([True] if masked else [])
+
+
+def test_a_closure_that_is_called_at_other_weights_at_first_is_no_alarm_in_a_plain_loop() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(8, 3)
+    optimizer = beside(model.parameters())
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+
+    constraint = constrain(model, FTP(), optimizer)
+    for _ in range(3):
+        optimizer.step(closure)
+    constraint.remove()
 
 
 def test_a_resumed_run_knows_the_earlier_radii(tmp_path: Any) -> None:

@@ -936,12 +936,63 @@ def test_errors_of_what_is_passed() -> None:
     constraint = constrain(linear, FTP(), [optimizer, optimizer])
     assert len(constraint.steps.optimizers) == 1
     state = constraint.state_dict()
+    del (older := dict(state))["of"]
     with pytest.raises(ValueError, match=r"^The state is not one of DiGraP: it lacks 'omegas'"):
-        constrain(linear, DiGraP(), optimizer).load_state_dict(state)
-    of_tpgm = constrain(linear, TPGM(), optimizer, held_out_loss=lambda: linear(torch.ones(1, 2)).sum()).state_dict()
-    with pytest.raises(ValueError, match=r"^The state is not one of FTP: it lacks 'unprojected'"):
-        constraint.load_state_dict(of_tpgm)
+        constrain(linear, DiGraP(), optimizer).load_state_dict(older)
+    constraint.load_state_dict(older)
     constraint.load_state_dict(state)
     constraint.remove()
     with pytest.raises(ValueError, match=r"^FTP is attached to no model. Call load_state_dict before remove"):
         constraint.load_state_dict(state)
+
+
+@pytest.mark.parametrize("make", [SPD, FTP, TPGM])
+@pytest.mark.parametrize("removed", [True, False])
+def test_a_method_object_is_of_one_model(make: type[Method], removed: bool) -> None:
+    """Also after `remove`: what was learned can still be asked for."""
+    first, second = nn.Linear(2, 2), nn.Linear(3, 3)
+    method = make()
+    losses = [partial(mse, model, HELD_OUT[0]) if make is TPGM else None for model in (first, second)]
+    constraint = constrain(first, method, torch.optim.SGD(first.parameters(), lr=0.1), held_out_loss=losses[0])
+    if removed:
+        constraint.remove()
+    before, held_out = constraint.state_dict(), getattr(method, "held_out", None)
+    optimizer = torch.optim.SGD(second.parameters(), lr=0.1)
+    refused = rf"^`method` has been given to a model before, .* Pass a new {make.__name__} for each model\.$"
+    with pytest.raises(ValueError, match=refused):
+        constrain(second, method, optimizer, held_out_loss=losses[1])
+    assert hooks_of(optimizer) == []
+    assert_same(constraint.state_dict(), before)
+    assert getattr(method, "held_out", None) is held_out
+
+
+class Own(FTP):
+    """A method of somebody else's."""
+
+
+@pytest.mark.parametrize("make", [SPD, TPGM, lambda: FTP(norm="l2"), Own], ids=["SPD", "TPGM", "l2", "Own"])
+def test_a_state_of_another_method_is_refused_before_anything_is_touched(make: Callable[[], Method]) -> None:
+    def trained(method: Method) -> Constraint:
+        linear = nn.Linear(2, 2)
+        optimizer, x = torch.optim.SGD(linear.parameters(), lr=0.1), torch.randn(4, 2)
+        held_out = (lambda: linear(x).square().mean()) if isinstance(method, TPGM) else None
+        constraint = constrain(linear, method, optimizer, held_out_loss=held_out)
+        for _ in range(3):
+            optimizer.zero_grad()
+            linear(x).square().mean().backward()
+            optimizer.step()
+        return constraint
+
+    one, other = trained(FTP()), trained(make())
+    for constraint, found in ((one, other), (other, one)):
+        before = constraint.state_dict()
+        kinds = [
+            f"{type(of.method).__name__} with norm {of.method.norm!r}".replace("'", ".") for of in (constraint, found)
+        ]
+        refused = f"^The state should be one of {kinds[0]}, found one of {kinds[1]}. Go on with the method and the norm"
+        with pytest.raises(ValueError, match=refused):
+            constraint.load_state_dict(found.state_dict())
+        assert_same(constraint.state_dict(), before)
+    fresh = trained(make())
+    fresh.load_state_dict(other.state_dict())
+    assert_same(fresh.state_dict()["method"], other.state_dict()["method"])

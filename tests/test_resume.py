@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -462,6 +463,15 @@ def test_exact_resume_of_two_instances(tmp_path: Path) -> None:
     assert not set(expected[0]["radii"]) & set(expected[1]["radii"])
     run(0, max_steps=9)
     assert_same(run(1, tmp_path / "saved.ckpt"), expected)
+
+
+def test_a_checkpoint_of_another_norm_is_refused(tmp_path: Path) -> None:
+    uninterrupted(TPGMCallback, tmp_path)
+    refused = "^The state should be one of TPGM with norm 'l2', found one of TPGM with norm 'mars'. Go on with"
+    with pytest.raises(MisconfigurationException, match=refused):
+        quiet_trainer(TPGMCallback(norm="l2"), max_epochs=EPOCHS + 1).fit(
+            resumable(1), ckpt_path=tmp_path / "outcome.ckpt"
+        )
 
 
 def test_state_key_depends_on_exclude_alone() -> None:

@@ -136,13 +136,12 @@ def test_an_optimizer_that_goes_up_is_refused_by_what_goes_by_its_gradients(
         trainer_in(tmp_path, callbacks=make(exclude=["head.*"]), max_epochs=1).fit(GoesUp(), Blobs())
     optimizer = GoesUp().configure_optimizers()
     module = nn.ModuleList(nn.ParameterList(group["params"]) for group in optimizer.param_groups)
-    method = make().make_method()
     with pytest.raises(ValueError, match=r"has maximize=True"):
-        constrain(module, method, optimizer)
+        constrain(module, make().make_method(), optimizer)
     assert not optimizer._optimizer_step_pre_hooks
 
     optimizer.param_groups[0]["maximize"] = False
-    constrain(module, method, optimizer, exclude=["1.*"])  # of what is not constrained it may
+    constrain(module, make().make_method(), optimizer, exclude=["1.*"])  # of what is not constrained it may
 
 
 @pytest.mark.parametrize("when", ["training", "fit_end"])

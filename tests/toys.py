@@ -72,6 +72,38 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.02)
 
 
+class Sharp(torch.optim.SGD):
+    """Calls its closure at weights beside its own, as sharpness-aware minimisation does."""
+
+    def step(self, closure: Any = None) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        own = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            torch._foreach_add_(parameters, 0.5)
+        loss = closure()
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, own)
+        super().step()
+        return loss
+
+
+class ByHand(Toy):
+    """Manual optimization, with a closure."""
+
+    def __init__(self, optimizer: Callable[[Any], torch.optim.Optimizer] | None = None) -> None:
+        super().__init__(optimizer)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+
+        def closure() -> None:
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+
+        optimizer.step(closure=closure)
+
+
 def images(n: int, seed: int) -> TensorDataset:
     """Random images and targets."""
     generator = torch.Generator().manual_seed(seed)

@@ -132,14 +132,15 @@ class MethodCallback(Asked, PlainCopies, Callback):
 
     def _join(self, stepped: Collection[int] = ()) -> None:
         """Take in what has thawed or is stepped, unless another callback acts on it that does not go with this one."""
-        module = self._fitted()
-        if self._constraint.join(stepped) and module is not None:
+        if self._constraint.join(stepped) and (module := self._fitted()) is not None:
             check_others(module.trainer, self)
 
     def _before_step(self, step: Step) -> None:
-        self._constraint.retake()  # Lightning's hook does not announce a step of the bare optimizer
+        # Lightning's hook does not announce a step of the bare optimizer, and closures may be called at other weights
+        by_hand = (module := self._fitted()) is not None and not module.automatic_optimization
+        self._constraint.retake(settled=by_hand)
         self._join()
-        self._constraint.before(step)
+        self._constraint.before(step, settled=by_hand)
 
     def _settle(self, step: Step) -> None:
         self._constraint.settle(step, self._join)  # the training step may have frozen and thawed layers

@@ -25,12 +25,12 @@ from lightning_tpgm.callbacks.shared import configuration_errors
 from lightning_tpgm.callbacks.source import check_many_passes
 from lightning_tpgm.callbacks.standard_error import standard_error
 from lightning_tpgm.callbacks.sweep_result import Mode, WiSEFTSweep, warn_of_no_choice
-from lightning_tpgm.constrained import Constrained, gathering
+from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods import WiSEFT
 from lightning_tpgm.methods.method import check, is_number
 from lightning_tpgm.pretrained import Pretrained, read_pretrained
 from lightning_tpgm.selection import buffers_of, constrainable
-from lightning_tpgm.sharding import local, reshard
+from lightning_tpgm.sharding import gathering, local, reshard
 
 ALPHAS = tuple(i / 10 for i in range(11))
 Tolerance = float | Literal["one_standard_error"]

@@ -54,6 +54,7 @@ class Method:
         has_radii: Whether it keeps each tensor inside a ball of its own after every step.
         acts_at_end: Whether it acts once, in `finish`, and never after a step.
         constrains_buffers: Whether buffers are constrained as well.
+        is_taken: Whether the object was given to a model: it learns of one alone.
     """
 
     norm: Norm = "l2"
@@ -63,6 +64,7 @@ class Method:
     has_radii: bool = False
     acts_at_end: bool = False
     constrains_buffers: bool = False
+    is_taken: bool = False
 
     def joined(self, tensors: Constrained, names: Sequence[str]) -> None:
         """These have become constrained; they are the last ones of all tensors, which come with them."""
