@@ -11,7 +11,7 @@ PYTEST_TWICE := -n 2 --dist loadgroup
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo benchmark benchmark-quick bench test lint tests slow package release docs notebooks demo-quick oldest compat env clean distclean
+.PHONY: help demo benchmark benchmark-quick bench test lint tests slow gpu package release docs notebooks demo-quick oldest compat env clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ tests: $(VENV)/.installed-dev  ## tests and doctests but for the slow ones; opti
 
 slow: $(VENV)/.installed-dev  ## the slow tests: what starts processes, or runs examples and the benchmark
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(PYTEST_TWICE) -m slow $(PYTEST_ARGS)
+
+# Without a GPU, or with a torch that knows none, all are skipped. On Linux the usual build of constraints.txt's torch has CUDA.
+gpu: $(VENV)/.installed-dev  ## the tests that need a GPU
+	$(VENV)/bin/pytest -m gpu -rs $(PYTEST_ARGS)
 
 # The checks run in the root folder with -I: the package that they import is the installed one.
 package: $(VENV)/.installed-dev $(VENV_PACKAGE)/.installed  ## build, look into the wheel, import it with no extras installed

@@ -13,13 +13,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_tpgm import FTPCallback, TPGMCallback
 from lightning_tpgm.callbacks.radii import WithRadii
 from properties import assert_inside_balls
-from toys import AfterEachStep, Blobs, Classifier, blobs, seed_everything, trainer_in, weights_of
+from toys import FEATURES, AfterEachStep, Blobs, Classifier, blobs, seed_everything, trainer_in, weights_of
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
@@ -75,7 +75,7 @@ def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def assert_follows(found: Classifier, expected: Classifier, tolerance: float) -> None:
-    start, reference = weights_of(Classifier()), weights_of(expected)
+    start, reference = weights_of(type(expected)()), weights_of(expected)
     assert apart(weights_of(found), reference) <= tolerance * apart(reference, start)
 
 
@@ -135,6 +135,45 @@ def test_pinned_loader_with_workers(device: str, tmp_path: Path) -> None:
     pinned = DataLoader(held_out().dataset, 4, pin_memory=device == "cuda", num_workers=2)
     found = run(tmp_path, device, TPGMCallback(pinned))
     assert_follows(found, run(tmp_path, "cpu", TPGMCallback(held_out())), 0.001)
+
+
+class Recurrent(Classifier):
+    """With a layer that cuDNN goes back through in train mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.rnn = nn.LSTM(FEATURES, FEATURES, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.rnn(x[:, None])[0][:, -1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_recurrent_layers_in_the_held_out_evaluation(device: str, tmp_path: Path) -> None:
+    callback = TPGMCallback(every_n_steps=1)
+    found = run(tmp_path, device, callback, module=Recurrent())
+    assert_follows(found, run(tmp_path, "cpu", TPGMCallback(every_n_steps=1), module=Recurrent()), 0.001)
+    assert_inside_balls(found, callback.anchor, callback.radii)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", METHODS)
+def test_anchors_in_the_hosts_memory(method: str, device: str, tmp_path: Path) -> None:
+    """They are pinned there, so that copies of them wait for nothing."""
+    callback = METHODS[method](anchor_device="cpu")
+    where: set[tuple[str, bool]] = set()
+
+    def look(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        where.update(
+            (anchor.device.type, anchor.is_pinned()) for anchor in callback._constraint.anchors.joined.values()
+        )
+
+    found = run(tmp_path, device, callback, AfterEachStep(look))
+    assert where == {("cpu", device == "cuda")}
+    assert_follows(found, run(tmp_path, "cpu", METHODS[method]()), 0.001)
+    assert_inside_balls(found, callback.anchor, callback.radii, callback.norm)
 
 
 @pytest.fixture
