@@ -59,8 +59,7 @@ def constrain(
 
     Raises:
         ValueError: For a pattern that matches nothing, pretrained weights that do not fit, or nothing to constrain. For
-            optimizers that step nothing of it, `TPGM` without ``held_out_loss``, or a method object that another call
-            had.
+            optimizers that step nothing of it, `TPGM` without ``held_out_loss``, or a method that was used before.
         TypeError: For something else than a method, or a string as ``exclude``. For an optimizer without hooks on its
             step, or one that evaluates other weights than it steps.
 
@@ -84,10 +83,9 @@ def constrain(
     given: Any = optimizers
     followed: list[Optimizer] = [given] if is_optimizer(given) else list(given)
     model = _unwrapped(model)
-    if isinstance(method, TPGM):
-        if held_out_loss is None:
-            raise ValueError("`held_out_loss` is missing: TPGM learns its radii from it. FTP needs no held-out data.")
-    elif held_out_loss is not None:
+    if isinstance(method, TPGM) and held_out_loss is None:
+        raise ValueError("`held_out_loss` is missing: TPGM learns its radii from it. FTP needs no held-out data.")
+    if held_out_loss is not None and not isinstance(method, TPGM):
         raise ValueError(f"`held_out_loss` has no effect with {type(method).__name__}. Leave it out.")
     reshard(model)
     candidates = constrainable(model, exclude, buffers=method.constrains_buffers)

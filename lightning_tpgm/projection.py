@@ -176,4 +176,4 @@ def legal_radius(radius: Tensor, largest: Tensor) -> Tensor:
     >>> legal_radius(torch.tensor([5.0, -1.0, 1.0]), torch.tensor([2.0, 2.0, 0.0])).tolist()
     [2.0, 9.99999993922529e-09, 0.0]
     """
-    return radius.clamp(min=MIN_RADIUS).minimum(largest)
+    return radius.clamp(min=MIN_RADIUS).fmin(largest)  # a distance that is not a number is no bound
