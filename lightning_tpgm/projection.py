@@ -169,6 +169,8 @@ def radius_slope(dot: Tensor, distance: Tensor, radius: Tensor) -> Tensor:
 def legal_radius(radius: Tensor, largest: Tensor) -> Tensor:
     """Clamp radii to [1e-8, largest distance]; the upper bound wins for a tensor that has not moved that far.
 
+    A radius that is not a number stays as it is. So does one whose distance is none.
+
     Args:
         radius: gamma, shape (T,) for T tensors.
         largest: The largest row distance of each tensor, shape (T,).
@@ -176,4 +178,5 @@ def legal_radius(radius: Tensor, largest: Tensor) -> Tensor:
     >>> legal_radius(torch.tensor([5.0, -1.0, 1.0]), torch.tensor([2.0, 2.0, 0.0])).tolist()
     [2.0, 9.99999993922529e-09, 0.0]
     """
-    return radius.clamp(min=MIN_RADIUS).fmin(largest)  # a distance that is not a number is no bound
+    radius = radius.clamp(min=MIN_RADIUS)
+    return torch.where(largest < radius, largest, radius)

@@ -106,7 +106,7 @@ def test_fit_end_with_an_early_stop_and_not_after_an_exception() -> None:
 
     callback = TPGMCallback(when="fit_end")
     quiet_trainer(callback, Act(None)).fit(toy(), train_loader(), val_loader())
-    assert all(radius == radius for radius in callback.radii.values())
+    assert all((radius == radius) == (callback.distances[name] > 0) for name, radius in callback.radii.items())
     module, plain = toy(), toy()
     with pytest.raises(ArithmeticError):
         quiet_trainer(TPGMCallback(when="fit_end"), Act(ArithmeticError)).fit(module, train_loader(), val_loader())

@@ -254,3 +254,10 @@ def test_legal_radius(radius: float, largest: float) -> None:
     assert found >= min(MIN_RADIUS, largest)
     if MIN_RADIUS <= radius <= largest:
         assert found == radius
+
+
+def test_what_is_not_a_number_bounds_no_radius_and_gets_no_bound() -> None:
+    """A step that is undone leaves no trace in it. One that has not begun does not begin so."""
+    found = legal_radius(torch.tensor([0.5, torch.nan, torch.nan]), torch.tensor([torch.nan, 1.0, 0.0]))
+    assert found[0] == 0.5
+    assert found[1:].isnan().all()
