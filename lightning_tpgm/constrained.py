@@ -28,6 +28,7 @@ class Constrained:
         norm: ``"mars"`` or ``"l2"``: what a distance is.
         gathering: The modules that FSDP2 may have left with gathered weights, which would hide a change.
         at: Where these tensors are among all that are constrained, shape (T,). None: these are all.
+        spares: Those of all that are constrained.
 
     Attributes:
         names: Of the tensors.
@@ -42,6 +43,7 @@ class Constrained:
         norm: Norm,
         gathering: Sequence[nn.Module] = (),
         at: Tensor | None = None,
+        spares: Spares | None = None,
     ) -> None:
         self.names = list(parameters)
         self.parameters = list(parameters.values())
@@ -50,7 +52,7 @@ class Constrained:
         self._anchors = [anchors[name] for name in parameters]
         self._gathering = gathering
         self._subsets: dict[tuple[int, ...], Constrained] = {}
-        self._spares = Spares()  # of all subsets together
+        self._spares = spares or Spares()
 
     # ---- which tensors
 
@@ -80,8 +82,7 @@ class Constrained:
             some = {self.names[i]: self.parameters[i] for i in indices}
             anchors = {self.names[i]: self._anchors[i] for i in indices}
             at = self.vector(indices, torch.long)
-            self._subsets[key] = Constrained(some, anchors, self.norm, self._gathering, at)
-            self._subsets[key]._spares = self._spares
+            self._subsets[key] = Constrained(some, anchors, self.norm, self._gathering, at, self._spares)
         return self._subsets[key]
 
     @property
@@ -156,12 +157,10 @@ class Constrained:
 
     def learning_rates(self, optimizer: Optimizer) -> Tensor:
         """The rate that the optimizer steps each tensor with, shape (T,); a ValueError if it keeps that to itself."""
-        rates = {id(p): learning_rate(optimizer, group) for group in optimizer.param_groups for p in group["params"]}
-        mine = [rates[id(p)] for p in self.parameters]
-        numbers = [rate for rate in mine if not isinstance(rate, Tensor)]
-        if len(numbers) == len(mine):
-            return self.vector(numbers, self._layout.dtype)
-        return torch.stack([torch.as_tensor(rate).to(self.scalar()) for rate in mine])  # to read one would wait
+        groups = optimizer.param_groups
+        group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
+        rates = self._layout.numbers([learning_rate(optimizer, group) for group in groups])
+        return rates[self.vector([group_of[id(p)] for p in self.parameters], torch.long)]
 
     def vector(self, values: Sequence[float], dtype: torch.dtype = torch.bool) -> Tensor:
         """Python's values as a tensor where the tensors are, without waiting for the device."""

@@ -74,12 +74,12 @@ class Constraint(Attached):
         self.steps.follow(optimizers)
 
     @torch.no_grad()
-    def before(self, step: Step, settled: bool = True) -> None:
+    def before(self, step: Step, look_now: bool = True) -> None:
         """An optimizer is about to step. Its closure may freeze tensors, and thaw others.
 
         Args:
             step: That of the optimizer.
-            settled: Whether nobody but the step itself writes to weights before they move. It may call its closure at
+            look_now: Whether nobody but the step itself writes to weights before they move. It may call its closure at
                 others.
         """
         self.join()
@@ -89,7 +89,7 @@ class Constraint(Attached):
             raise ValueError(needs_unscaled_gradients(self.title, step.optimizer))
         self._stepping, self.is_settled = None, False
         self._begin(step)
-        if settled:
+        if look_now:
             self._look(step)
 
     @torch.no_grad()

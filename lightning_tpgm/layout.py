@@ -209,6 +209,12 @@ class Layout:
         """Python's values as a tensor where the tensors are, without waiting for the device."""
         return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
 
+    def numbers(self, values: Sequence[float | Tensor]) -> Tensor:
+        """Numbers as a vector of what is computed. One that is a scalar tensor is not read: the host would wait."""
+        if any(isinstance(value, Tensor) for value in values):
+            return torch.stack([torch.as_tensor(value, dtype=self.dtype, device=self._device) for value in values])
+        return self.on_device(values, self.dtype)  # type: ignore[arg-type]
+
 
 class Spares:
     """What `Layout.spare` gives, kept for the next step, for some tensors at a time: there is one of each tensor."""

@@ -83,28 +83,27 @@ def constrain(
     given: Any = optimizers
     followed: list[Optimizer] = [given] if is_optimizer(given) else list(given)
     model = _unwrapped(model)
+    title = type(method).__name__
     if isinstance(method, TPGM) and held_out_loss is None:
         raise ValueError("`held_out_loss` is missing: TPGM learns its radii from it. FTP needs no held-out data.")
     if held_out_loss is not None and not isinstance(method, TPGM):
-        raise ValueError(f"`held_out_loss` has no effect with {type(method).__name__}. Leave it out.")
+        raise ValueError(f"`held_out_loss` has no effect with {title}. Leave it out.")
     reshard(model)
     candidates = constrainable(model, exclude, buffers=method.constrains_buffers)
+    if not candidates:
+        raise ValueError(f"{title} has nothing to constrain: no parameter remains after `exclude` = {list(exclude)}.")
+    stepped = {id(p) for optimizer in followed for group in optimizer.param_groups for p in group["params"]}
+    if not method.acts_at_end and not stepped & {id(p) for p in candidates.values()}:
+        raise ValueError(
+            f"{title} acts in the steps of `optimizers`, found {len(followed)} of them, which step no"
+            " parameter of the model that is to be constrained. Pass those that train it."
+        )
     check_save_anchor(save_anchor, pretrained)
     read = None if pretrained is None else read_pretrained(pretrained)
     constraint = Constraint(method, anchor_device, save_anchor)  # takes the method, or refuses it
     if isinstance(method, TPGM) and held_out_loss is not None:
         method.held_out = PlainHeldOut(model, held_out_loss)
     constraint.begin(model, candidates, read, path_of(pretrained))
-    if not constraint.anchors.joined and not constraint.anchors.waiting:
-        raise ValueError(
-            f"{constraint.title} has nothing to constrain: no parameter remains after `exclude` = {list(exclude)}."
-        )
-    stepped = {id(p) for optimizer in followed for group in optimizer.param_groups for p in group["params"]}
-    if not method.acts_at_end and not stepped & {id(p) for p in candidates.values()}:
-        raise ValueError(
-            f"{constraint.title} acts in the steps of `optimizers`, found {len(followed)} of them, which step no"
-            " parameter of the model that is to be constrained. Pass those that train it."
-        )
     constraint.follow(followed)
     fresh = fresh_layers(model, constraint.anchors.parameters) if pretrained is None else None
     if fresh is not None:

@@ -175,7 +175,7 @@ def test_standard_errors_on_emoji_are_judged() -> None:
         suite = suite_results(results)
         suite.name = "emoji"
         rows = {target: (text, met) for target, _, text, met in targets.rows([suite])}
-        assert rows["standard errors on groups of styles: 0.7"] == found
+        assert rows["standard errors of these differences on groups of styles: 0.7"] == found
 
 
 def test_the_worst_two_seeds_of_digits_are_judged() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -173,6 +174,7 @@ def test_inside_ball_in_every_checkpoint(tmp_path: Path) -> None:
         checkpoint = torch.load(file, weights_only=True)
         state = checkpoint["callbacks"][callback.state_key]
         radii = dict(zip(state["method"]["radii"]["names"], state["method"]["radii"]["value"].tolist(), strict=True))
+        assert {name for name, radius in radii.items() if math.isnan(radius)} <= {"backbone.0.bias"}  # before a norm
         assert len(radii) == 11
         assert_inside_ball(checkpoint["state_dict"], state["anchor"], radii, callback.norm)
 

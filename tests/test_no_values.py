@@ -153,6 +153,14 @@ def test_a_learning_rate_on_the_device_is_not_read() -> None:
     assert (found.device.type, found.dtype, found.shape) == ("meta", torch.float32, (3,))
 
 
+def test_rates_of_several_groups_in_the_order_of_the_tensors() -> None:
+    parameters = {name: torch.zeros(3, dtype=torch.float64) for name in "abc"}
+    a, b, c = parameters.values()
+    for rate in (0.1, torch.tensor([0.1], dtype=torch.float64)):
+        optimizer = torch.optim.SGD([{"params": [b], "lr": 0.2}, {"params": [c, a], "lr": rate}])
+        assert Constrained(parameters, parameters, "l2").learning_rates(optimizer).tolist() == [0.1, 0.2, 0.1]
+
+
 # how often a step reads the anchors
 READS = {"tpgm": 4, "tpgm l2": 6, "ftp": 2, "digrap": 1, "spd": 2, "l2sp": 1, "anchor decay": 1}
 

@@ -320,6 +320,18 @@ def test_another_order_of_classes_is_found(domains: Path, folders: Path) -> None
         model.on_load_checkpoint({"classes": ["apple", "cat", "bus"]})
 
 
+def test_other_files_in_a_folder_of_a_class_are_no_images(tmp_path: Path) -> None:
+    for name, files in {"a": ("1.JPEG", ".DS_Store", "._1.JPEG", "list.txt", "2.webp"), "b": ("1.png",)}.items():
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for file in files:
+            (tmp_path / "train" / name / file).touch()
+    found = folder_domain(tmp_path, "train", "train", ["a", "b"])
+    assert [(path.name, label) for path, label in found.items] == [("1.JPEG", 0), ("2.webp", 0), ("1.png", 1)]
+    (tmp_path / "train" / "b" / "1.png").unlink()
+    with pytest.raises(SystemExit, match=r"train/b has no images"):
+        folder_domain(tmp_path, "train", "train", ["a", "b"])
+
+
 def test_names_come_from_lines_or_json(folders: Path) -> None:
     (folders / "names.txt").write_text("".join(f"{wnid} thing {i}\n" for i, wnid in enumerate(WNIDS)))
     expected = [f"thing {i}" for i in range(len(WNIDS))]

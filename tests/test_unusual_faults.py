@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ from lightning_tpgm import (
     constrain,
 )
 from lightning_tpgm.callbacks.method import MethodCallback
-from lightning_tpgm.methods import TPGM
+from lightning_tpgm.constrained import Constrained
+from lightning_tpgm.methods import FTP, TPGM
 from properties import assert_inside_balls, assert_same
 from toys import Blobs, Classifier, blobs, classifier_loss, trainer_in, weights_of
 
@@ -59,6 +61,26 @@ def test_a_radius_begins_with_the_first_step_that_moves_its_tensor(why: str, eve
             assert not constraint.method.radii.step.view(2, 2)[1].any()
         if step == 1:  # half of what Adam's first step goes along a row of five
             assert constraint.radii["b.weight"] >= 0.0249
+
+
+def test_ftp_begins_although_something_fails_in_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory for instance: the next step is done as if it was the first."""
+    model = nn.Linear(5, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    constraint = constrain(model, FTP(), optimizer)
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 5)).square().mean().backward()
+        with monkeypatch.context() as patch:
+            if step == 0:
+                patch.setattr(Constrained, "step_sums", fail)
+            with pytest.raises(MemoryError) if step == 0 else nullcontext():
+                optimizer.step()
+    assert all(radius > 0 for radius in constraint.radii.values())
 
 
 # --- batches that are views of their data ---

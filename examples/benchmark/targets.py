@@ -54,10 +54,10 @@ def _standard_errors(suite: SuiteResults) -> Iterator[Row]:
     """Of TPGM less plain fine-tuning."""
     groups = [domains for name, domains in suite.columns.items() if name != IN_DISTRIBUTION]
     pairs = [suite.pairs(TPGM, PLAIN, USUAL, lr) for lr in suite.rates]
-    errors = [mean_and_error(differences(pair, domains))[1] for pair in pairs if pair for domains in groups]
+    errors = [mean_and_error(differences(pair, domains))[1] for pair in pairs if len(pair) > 1 for domains in groups]
     if errors:
         found = f"{min(errors):.1f} to {max(errors):.1f}"
-        yield "standard errors on groups of styles: 0.7", suite.name, found, max(errors) <= 0.7
+        yield "standard errors of these differences on groups of styles: 0.7", suite.name, found, max(errors) <= 0.7
 
 
 def _automatic(suites: Sequence[SuiteResults]) -> Iterator[Row]:

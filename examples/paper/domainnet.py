@@ -20,10 +20,10 @@ from domains import DOMAINNET, check_present, list_domain, read_list, split, tra
 from images import View
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from safetensors.torch import load_file
 from torch import nn
 
 from lightning_tpgm import TPGMCallback
+from lightning_tpgm.pretrained import read_pretrained
 
 SHIFTED = ("sketch", "painting", "infograph", "clipart")
 AUTHORS = {
@@ -57,8 +57,7 @@ def load_encoder(name: str, weights: Path) -> nn.Module:
         module, _, function = name.partition(":")
         make: Callable[[], nn.Module] = getattr(import_module(module), function)
         encoder = make()
-        is_safe = weights.suffix == ".safetensors"
-        encoder.load_state_dict(load_file(weights) if is_safe else torch.load(weights, "cpu", weights_only=True))
+        encoder.load_state_dict(read_pretrained(weights))
         return encoder
     import timm
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from images import Item
+from PIL import Image
 
 DOMAINNET = """DATA/
     real/aircraft_carrier/real_001_000001.jpg ...    and likewise sketch/ painting/ infograph/ clipart/
@@ -98,9 +99,13 @@ def subfolders(folder: Path) -> list[str]:
     return found
 
 
-def is_image(path: Path) -> bool:
-    """By its name: a folder may hold other files, that of a file manager for instance."""
-    return path.suffix.lower() in (".jpeg", ".jpg", ".png") and not path.name.startswith(".")
+def images_in(folder: Path) -> list[Path]:
+    """The files that pillow can read by their names, sorted; exit without any. A file manager may have left others."""
+    known = Image.registered_extensions()
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.name[0] != ".")
+    if not found:
+        raise SystemExit(f"{folder} has no images. Expected is this layout:\n{IMAGENET}")
+    return found
 
 
 def folder_domain(root: Path, name: str, folder: str, classes: Sequence[str], *, part: bool = False) -> Domain:
@@ -117,7 +122,7 @@ def folder_domain(root: Path, name: str, folder: str, classes: Sequence[str], *,
         if absent and not part:
             raise SystemExit(f"{folder} lacks folders that train has, for instance {', '.join(absent[:3])}.")
         labels = {one: classes.index(one) for one in found}
-    items = [(path, labels[one]) for one in found for path in sorted((root / folder / one).iterdir()) if is_image(path)]
+    items = [(path, labels[one]) for one in found for path in images_in(root / folder / one)]
     return Domain(name, items, None if len(labels) == len(classes) else tuple(sorted(labels.values())))
 
 

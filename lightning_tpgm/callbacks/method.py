@@ -140,7 +140,7 @@ class MethodCallback(Asked, PlainCopies, Callback):
         by_hand = (module := self._fitted()) is not None and not module.automatic_optimization
         self._constraint.retake(settled=by_hand)
         self._join()
-        self._constraint.before(step, settled=by_hand)
+        self._constraint.before(step, look_now=by_hand)
 
     def _settle(self, step: Step) -> None:
         self._constraint.settle(step, self._join)  # the training step may have frozen and thawed layers

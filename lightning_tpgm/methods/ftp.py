@@ -73,10 +73,9 @@ class FTP(Method):
         slope = tensors.total(dots / (rows_before + EPS))  # dgamma; 0 without gradient, meaningless if not known
         largest = tensors.largest(rows)
         with self.radii.of(tensors) as radii:
-            if known is not tensors.every:  # for some it is t = 1
-                first = stepped & ~known
-                radii.start(torch.full_like(radii.value, MIN_RADIUS), where=first)
-                radii.step = radii.step + first  # Adam counts the optimizer's steps
+            radii.start(torch.full_like(radii.value, MIN_RADIUS), where=stepped)
+            if known is not tensors.every:  # for some it is t = 1, and Adam counts the optimizer's steps
+                radii.step = radii.step + (stepped & ~known)
             radii.follow(largest, stepped)
             radii.adam(torch.where(slope > 0, self.k * slope, slope), where=stepped & known, lr=radii.rate)
             radii.clamp(largest + EPS, where=stepped)

@@ -56,8 +56,9 @@ class Watch:
                 )
         if "radius" not in quantities:
             return
-        radius, binds = quantities["radius"], quantities["binds"]
-        if not bool(binds.any()) or bool((radius > MIN_RADIUS).any()):  # False for a tensor that has none yet
+        begun = ~quantities["radius"].isnan()  # the other tensors have not moved
+        radius, binds = quantities["radius"][begun], quantities["binds"][begun]
+        if not bool(binds.any() & (radius <= MIN_RADIUS).all()):
             self._at_floor_since = None
         elif self._at_floor_since is None:
             self._at_floor_since = step
@@ -69,13 +70,13 @@ class Watch:
                 " the loss that the radii learn from is higher. Lower the learning rate. If the radii learn from"
                 " held-out data, check that these are like the training data.",
             )
-        if not bool(binds.all()):
+        if not bool(binds.any() & binds.all()):
             self._at_bound_since = None
         elif self._at_bound_since is None:
             self._at_bound_since = step, radius.clone()
         elif step - self._at_bound_since[0] >= max(self.SHARE * run, self.PATIENCE):
             since, radius_then = self._at_bound_since
-            grown = float((radius - radius_then).nanmedian()) if radius.shape == radius_then.shape else 0.0
+            grown = float((radius - radius_then).median()) if radius.shape == radius_then.shape else 0.0
             if grown > growth * (step - since) / 2:
                 yield (
                     "bound",
