@@ -178,6 +178,43 @@ def test_standard_errors_on_emoji_are_judged() -> None:
         assert rows["standard errors of these differences on groups of styles: 0.7"] == found
 
 
+def test_the_largest_standard_error_on_emoji_is_judged() -> None:
+    """A rate of one seed has none."""
+    results = [
+        result(run(method, lr, seed=seed), here=0.5, there=0.5 + (method == TPGM) * seed * gain)
+        for method in (PLAIN, TPGM)
+        for lr, gain, seeds in ((0.05, 0.0, (0,)), (0.1, 0.01, (0, 1)), (0.2, 0.1, (0, 1)))
+        for seed in seeds
+    ]
+    suite = suite_results(results)
+    suite.name, suite.rates = "emoji", [0.05, 0.1, 0.2]
+    rows = {target: (text, met) for target, _, text, met in targets.rows([suite])}
+    assert rows["standard errors of these differences on groups of styles: 0.7"] == ("0.5 to 5.0", False)
+
+
+@pytest.mark.parametrize(
+    ("condition", "here", "found"),
+    [
+        ("usual", (-0.01, -0.012), ("-1.1 ± 0.1 in distribution, usual", False)),
+        ("long", (0.05, 0.05), ("-2.0 ± 3.0 shifted, long", True)),
+    ],
+)
+def test_what_the_sweep_loses_is_judged_by_its_error(
+    condition: str, here: tuple[float, float], found: tuple[str, bool]
+) -> None:
+    """The worst is what is lost beyond its error, not the largest loss, in any condition."""
+    suite = suite_results(
+        [
+            result(Run(method, condition, 0.1, (), seed), here=0.5 + change, there=0.5 + there)
+            for method, changes in ((WISE_FT, ((0, 0), (0, 0))), (TPGM_SWEEP, zip(here, (-0.05, 0.01), strict=True)))
+            for seed, (change, there) in enumerate(changes)
+        ]
+    )
+    suite.rates, suite.conditions = [0.1], {"long": {"rates": [0.1]}}
+    rows = {target: (text, met) for target, _, text, met in targets.rows([suite])}
+    assert rows["the sweep after TPGM nowhere below WiSE-FT by more than an error"] == found
+
+
 def test_the_worst_two_seeds_of_digits_are_judged() -> None:
     gains = (0.3, 0.005, 0.013)
     found = [

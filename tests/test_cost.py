@@ -24,7 +24,7 @@ from lightning_tpgm import (
     constrain,
 )
 from lightning_tpgm.constrained import Constrained
-from lightning_tpgm.layout import Layout
+from lightning_tpgm.layout import Layout, Spares
 from lightning_tpgm.methods import SPD, TPGM, Method, Step
 from toys import quiet_trainer
 
@@ -136,6 +136,12 @@ def test_cheap_memory_for_a_deviation_is_there_once_whatever_is_frozen_in_turns(
         assert sum(tensor.numel() for tensors in made for tensor in tensors) <= 8 * 4
     assert len(made) > 10
     assert constraint.distances
+
+
+def test_cheap_tensors_of_two_optimizers_keep_their_memory() -> None:
+    spares, layout = Spares(), Layout([torch.zeros(2)], "l2")
+    first, _ = (spares.of([name], layout) for name in "ab")
+    assert spares.of(["a"], layout) is first
 
 
 def test_cheap_the_weights_before_a_projection_are_kept_in_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:

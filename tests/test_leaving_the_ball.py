@@ -431,6 +431,19 @@ def test_weights_on_another_device_are_left_alone() -> None:
     assert said(callback, measured, At("on_train_end", mask)) == []
 
 
+def test_a_write_in_the_training_step_is_said() -> None:
+    """Lightning's closure calls it, after the step has begun."""
+
+    class Writes(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 1:
+                self.hidden.weight.data.add_(1.0)
+            return super().training_step(batch, batch_idx)
+
+    texts = said(TPGMCallback(), module=Writes())
+    assert [f"'hidden.weight' {LEFT}" in text for text in texts if LEFT in text] == [True]
+
+
 # --- plain loops
 
 

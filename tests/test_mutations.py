@@ -14,9 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_tpgm import TPGMCallback
+from lightning_tpgm import TPGMCallback, constrain
 from lightning_tpgm.callbacks.isolation import Isolation
 from lightning_tpgm.constrained import Constrained
+from lightning_tpgm.methods import L2SP
 from lightning_tpgm.methods.radii import Radii
 from lightning_tpgm.projection import radius_slope
 from lightning_tpgm.sharding import local_gradient
@@ -210,3 +211,19 @@ def test_a_gradient_is_split_like_its_parameter(second_of_two: DeviceMesh) -> No
         assert_same(local_gradient(gradient, parameter), mine.contiguous())
         tensors = Constrained({"w": parameter}, {"w": parameter.detach()}, "l2")
         assert_same(tensors.part(gradient, 0), mine.contiguous())
+
+
+def test_what_is_added_to_a_gradient_that_is_split_otherwise_stays(second_of_two: DeviceMesh) -> None:
+    """The gradient that the optimizer sees is split first."""
+    zeros = DTensor.from_local(torch.zeros(4, 3), second_of_two, [Replicate()], run_check=False)
+    module = nn.Module()
+    module.weight = nn.Parameter(zeros.redistribute(placements=[Shard(0)]))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    constraint = constrain(module, L2SP(2.0), optimizer)
+    with torch.no_grad():
+        module.weight.to_local().add_(1.0)
+    module.weight.grad = zeros.clone()
+    optimizer.step()
+    assert module.weight.grad.placements == (Shard(0),)
+    assert module.weight.grad.to_local().tolist() == [[2.0] * 3] * 2
+    constraint.steps.stop()

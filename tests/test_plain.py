@@ -501,6 +501,18 @@ def test_a_step_that_a_fused_optimizer_skips_moves_no_weight(name: str, unscales
     assert loop.constraint.radii == seen
 
 
+def test_a_first_step_that_a_fused_optimizer_skips_begins_no_radius() -> None:
+    """The model may be away from its anchors already."""
+    linear, scaler = nn.Linear(2, 2), torch.amp.GradScaler("cpu", init_scale=256.0)
+    pretrained, start = ({name: value + add for name, value in parameters(linear).items()} for add in (1, 0))
+    optimizer, method = fused(linear.parameters()), TPGM()
+    constrain(linear, method, optimizer, pretrained=pretrained, held_out_loss=lambda: linear(torch.ones(1, 2)).sum())
+    scaler.scale(linear(torch.full((1, 2), torch.inf)).sum()).backward()
+    scaler.step(optimizer)
+    assert method.radii.value.isnan().all()
+    assert_same(parameters(linear), start)
+
+
 # --- layers that are frozen and thaw ---
 
 
@@ -597,6 +609,16 @@ def test_a_held_out_loss_that_raises_once() -> None:
     assert loop.drawn == 3
     assert loop.constraint.radii != seen
     assert_inside_ball(loop.model, loop.constraint.anchor, loop.constraint.radii, "mars")
+
+
+def test_a_radius_that_the_held_out_loss_does_not_depend_on_takes_no_step() -> None:
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "ab"})
+    optimizer, method, x = torch.optim.SGD(model.parameters(), lr=0.1), TPGM(every_n_steps=1), torch.ones(1, 2)
+    constrain(model, method, optimizer, held_out_loss=lambda: model["a"](x).square().sum())
+    for _ in range(2):
+        model["b"](model["a"](x)).sum().backward()
+        optimizer.step()
+    assert method.radii.step.tolist() == [2, 0]
 
 
 def test_a_held_out_loss_that_is_not_finite_skips_one_update() -> None:
@@ -996,3 +1018,13 @@ def test_a_state_of_another_method_is_refused_before_anything_is_touched(make: C
     fresh = trained(make())
     fresh.load_state_dict(other.state_dict())
     assert_same(fresh.state_dict()["method"], other.state_dict()["method"])
+
+
+@pytest.mark.parametrize("take", ["load_state_dict", "load", "recall"])
+def test_a_state_of_another_norm_is_refused_by_whatever_takes_it(take: str) -> None:
+    """In mid-fit a tuner puts one back, and a copy has one of no model."""
+    linear = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    mars, l2 = (constrain(linear, FTP(norm=norm), optimizer) for norm in ("mars", "l2"))
+    with pytest.raises(ValueError, match=r"^The state should be one of FTP with norm 'mars', found one of FTP with"):
+        getattr(mars, take)(l2.state_dict())

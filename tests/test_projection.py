@@ -13,7 +13,7 @@ from torch import Tensor
 import reference
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods.radii import Radii
-from lightning_tpgm.projection import EPS, MIN_RADIUS, legal_radius, project_inside, ratio
+from lightning_tpgm.projection import EPS, MIN_RADIUS, legal_radius, project_inside, ratio, safe_ratio
 from properties import (
     assert_idempotent,
     assert_same_direction,
@@ -261,3 +261,11 @@ def test_what_is_not_a_number_bounds_no_radius_and_gets_no_bound() -> None:
     found = legal_radius(torch.tensor([0.5, torch.nan, torch.nan]), torch.tensor([torch.nan, 1.0, 0.0]))
     assert found[0] == 0.5
     assert found[1:].isnan().all()
+
+
+def test_a_safe_ratio_without_rounding_is_the_ratio() -> None:
+    """Also on the boundary: there only eps is lost."""
+    distance = torch.tensor([0.0, 1e-8, 1e-3, 1e-3 + 1e-9, 2e-3])
+    radius, none = torch.tensor(1e-3), torch.zeros(())
+    assert torch.equal(safe_ratio(radius, distance, none, none), ratio(radius, distance))
+    assert safe_ratio(radius, radius, none, none) < 1

@@ -254,6 +254,15 @@ def test_a_stretch_that_ends_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> N
         assert look(watch, step, radius=radius, distance=[1.0, 1.0], binds=[True, False]) == []
 
 
+def test_a_stretch_begins_with_the_radii() -> None:
+    """Before that there are none to be at a bound."""
+    watch, said = Watch(), []
+    for step in range(0, 2000, 50):
+        radius = [1 + 0.01 * step if step > 400 else torch.nan] * 2
+        said += look(watch, step, radius=radius, distance=[1.0, 1.0], binds=[step > 400] * 2)
+    assert "For 1000 of 2000 optimizer steps all 2 constraints have been at their bound" in said[0]
+
+
 @pytest.mark.parametrize("never_moved", [True, False])
 def test_a_tensor_without_radius_hides_no_trouble(never_moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias before a BatchNorm for instance. The others are at their floor, or at a bound that cannot grow faster."""

@@ -8,6 +8,7 @@ in setup() in test_anchor.py; Ctrl-C, exceptions and LearningRateFinder in test_
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -355,6 +356,21 @@ def test_trainer_setting(setting: str, tmp_path: Path) -> None:
     assert callback.state_dict()["method"]["radii"]["step"].tolist() == [steps] * 4
     assert_inside_balls(module, start, callback.radii)
     assert all(not torch.equal(weight, start[name]) for name, weight in weights_of(module).items())
+
+
+def test_a_barebones_trainer_is_told_nothing_to_log() -> None:
+    """It warns of every call, and here the module makes none."""
+
+    class Silent(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.loss(batch)
+
+    quick: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "limit_val_batches": 0}
+    trainer = pl.Trainer(**quick, callbacks=[TPGMCallback()], barebones=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Silent(), Blobs())
+    assert not any("barebones" in str(warning.message) for warning in caught)
 
 
 @pytest.mark.parametrize("when", ["training", "fit_end"])
