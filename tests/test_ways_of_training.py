@@ -348,9 +348,8 @@ def test_trainer_setting(setting: str, tmp_path: Path) -> None:
     start = weights_of(module)
     if setting == "barebones":  # refuses these, even if they say that it should not
         trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=2, callbacks=[callback], **settings)
-        with pytest.warns(UserWarning, match=r"self.log\(") as caught:  # of the module's own logging alone
+        with pytest.warns(UserWarning, match=r"self.log\("):  # of the module's own logging
             trainer.fit(module, Blobs())
-        assert not any("log_dict" in str(warning.message) for warning in caught)
     else:
         fit(tmp_path, module, callback, **settings)
     assert callback.state_dict()["method"]["radii"]["step"].tolist() == [steps] * 4
