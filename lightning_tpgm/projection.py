@@ -169,7 +169,7 @@ def radius_slope(dot: Tensor, distance: Tensor, radius: Tensor) -> Tensor:
 def legal_radius(radius: Tensor, largest: Tensor) -> Tensor:
     """Clamp radii to [1e-8, largest distance]; the upper bound wins for a tensor that has not moved that far.
 
-    A radius that is not a number stays as it is. So does one whose distance is none.
+    A radius that is not a number stays as it is. A distance that is not a number is no upper bound.
 
     Args:
         radius: gamma, shape (T,) for T tensors.

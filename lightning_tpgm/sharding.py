@@ -68,9 +68,8 @@ def split_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 def reshard(module: nn.Module) -> None:
     """Make FSDP2 modules let go of gathered weights, which would hide a change of the sharded ones."""
-    for part in module.modules():
-        if is_fsdp2(part):
-            part.reshard()  # type: ignore[operator]  # an FSDPModule has it
+    for part in gathering(module):
+        part.reshard()  # type: ignore[operator]  # an FSDPModule has it
 
 
 def is_fsdp2(module: nn.Module) -> bool:
