@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from lightning_tpgm.norms import Norm, deviation
 from lightning_tpgm.projection import is_coarse, project, project_inside
 
+PIECE = 128
+"""So many elements of a row `torch.cdist` may add up one after the other: float32 keeps its digits."""
 
-def sums(weight: Tensor, anchor: Tensor, copy: Tensor | None = None, *, norm: Norm) -> Tensor:
+
+def sums(weight: Tensor, anchor: Tensor, norm: Norm) -> Tensor:
     """What adds up to n of every row: the sum of its ``|d|`` (``"mars"``) or ``d^2`` (``"l2"``).
 
     Args:
         weight: W, shape (R, L).
         anchor: W0, same shape.
-        copy: W is written into it on the way, while it is in the cache.
         norm: ``"mars"`` or ``"l2"``.
 
     Returns:
         Shape (R,), float32 at least. Those of a row's parts can be added. Then `lightning_tpgm.norms.from_sums` makes
         n of them.
     """
-    if copy is not None:
-        copy.copy_(weight)
-    d = deviation(weight, anchor)
-    return _sums(d, norm, memory=d)
+    if not is_one_call(weight, anchor):
+        d = deviation(weight, anchor)
+        return _sums(d, norm, memory=d)
+    pieces = _pieces(weight.size())
+    distances = torch.cdist(weight.view(pieces), anchor.view(pieces), p=1.0 if norm == "mars" else 2.0)
+    return (distances if norm == "mars" else distances.square_()).view(weight.size(0), -1).sum(dim=1)
+
+
+def is_one_call(weight: Tensor, anchor: Tensor) -> bool:
+    """Whether `sums` has an operation of torch that reads both once and writes nothing, so that blocks are not needed.
+
+    It has no 16 bits, would copy what has gaps, and is slow where pieces are short. On a GPU it has not been measured.
+    """
+    fits = weight.device.type == "cpu" and weight.dtype.itemsize >= 4 and weight.numel() > 0
+    return fits and weight.is_contiguous() and anchor.is_contiguous() and _has_long_pieces(weight.size())
+
+
+@cache
+def _pieces(size: torch.Size) -> tuple[int, int, int]:
+    """The shape of the equal pieces of rows that one call adds up, (count, 1, elements)."""
+    length = max((piece for piece in range(1, PIECE + 1) if size[1] % piece == 0), default=1)
+    return size.numel() // length, 1, length
+
+
+def _has_long_pieces(size: torch.Size) -> bool:
+    return _pieces(size)[-1] >= min(size[1], PIECE // 8)
 
 
 def _sums(d: Tensor, norm: Norm, memory: Tensor) -> Tensor:
@@ -86,12 +112,17 @@ def change_sums(weight: Tensor, anchor: Tensor, before: Tensor, gradient: Tensor
         norm: ``"mars"`` or ``"l2"``.
     """
     d = deviation(before, anchor)
-    return torch.stack([(d * gradient).sum(dim=1), sums(weight, anchor, norm=norm), _sums(d, norm, memory=d)])
+    return torch.stack([(d * gradient).sum(dim=1), sums(weight, anchor, norm), _sums(d, norm, memory=d)])
 
 
 def dots(gradient: Tensor, weight: Tensor, anchor: Tensor) -> Tensor:
     """<G_row, D_row> of every row, shape (R,), from matrices of shape (R, L)."""
     return deviation(weight, anchor).mul_(gradient).sum(dim=1)
+
+
+def are_alike(*matrices: Tensor) -> bool:
+    """Whether all have one dtype and device, so that one operation of torch on all of them needs no other memory."""
+    return len({(matrix.dtype, matrix.device) for matrix in matrices}) == 1
 
 
 def write_projection(target: Tensor, ratio: Tensor, weight: Tensor, anchor: Tensor) -> None:

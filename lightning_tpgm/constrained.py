@@ -20,7 +20,7 @@ class Constrained:
     """T tensors under constraint.
 
     Its vectors have one entry per tensor, shape (T,), or one per row of all tensors, shape (rows,); a `Layout` says in
-    which order. Matrices come from `weights`, `keep`, `rows_and_copies` or `arrange`. All is under ``torch.no_grad``.
+    which order. Matrices come from `weights`, `keep` or `arrange`. All is under ``torch.no_grad``.
 
     Args:
         parameters: By name; in-place changes of them reach the module.
@@ -130,18 +130,13 @@ class Constrained:
         return self._layout.arrange(self._local())
 
     def keep(self) -> Matrices:
-        """The present weights, in memory of their own."""
+        """The present weights, in memory of their own while the parameters hold others; small ones are in some."""
         weights = self.weights()
-        kept = self._own(weights)
+        kept = [weight if spare is None else spare for spare, weight in zip(self._spare, weights, strict=True)]
         pairs = [(own, weight) for own, weight in zip(kept, weights, strict=True) if own is not weight]
         if pairs:
             torch._foreach_copy_([own for own, _ in pairs], [weight for _, weight in pairs])
         return kept
-
-    def _own(self, weights: Matrices) -> Matrices:
-        """Memory for these weights while the parameters hold others: small ones are in some already."""
-        pairs = zip(self._spare, weights, strict=True)
-        return [weight if spare is None else spare for spare, weight in pairs]
 
     def arrange(self, parts: Sequence[Tensor | None]) -> Matrices:
         """A list of this process's parts, one per tensor, as matrices; zeros for None."""
@@ -184,10 +179,6 @@ class Constrained:
     def rows(self, weights: Matrices) -> Tensor:
         """n, the distance of every row, shape (rows,)."""
         return self.distances(self._layout.sums(weights, self.anchors))
-
-    def rows_and_copies(self, weights: Matrices) -> tuple[Tensor, Matrices]:
-        """The same, and the weights in memory of their own, into which they are copied on the way."""
-        return self.distances(self._layout.sums(weights, self.anchors, self._spare)), self._own(weights)
 
     def step_sums(
         self,

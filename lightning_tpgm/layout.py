@@ -2,25 +2,29 @@
 
 Tensor by tensor, each of the ten operations of a projection passes over memory once, and thousands of small tensors
 cost thousands of calls each. Here small tensors share a matrix. Large ones are worked on in blocks that stay in the
-processor's cache. So memory is read and written about once.
+processor's cache, or by an operation of torch that needs no other memory. So memory is read and written about once.
 
 The functions of `lightning_tpgm.norms` and `lightning_tpgm.projection` say what is computed, for one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_tpgm import blocks
-from lightning_tpgm.groups import grouped
+from lightning_tpgm.groups import Group, grouped
 from lightning_tpgm.norms import Norm
 
 Matrices = list[Tensor]
 """One matrix of rows for each group of a `Layout`, shape (R, L) each."""
+
+
+def _never(*_: Tensor) -> bool:
+    return False
 
 
 class Layout:
@@ -75,9 +79,9 @@ class Layout:
 
     # ---- rows
 
-    def sums(self, weights: Matrices, anchors: Matrices, copies: Sequence[Tensor | None] = ()) -> Tensor:
-        """What adds up to n of every row, see `lightning_tpgm.blocks.sums`; the weights are written into the copies."""
-        return self._of_rows(partial(blocks.sums, norm=self._norm), weights, anchors, written=copies)
+    def sums(self, weights: Matrices, anchors: Matrices) -> Tensor:
+        """What adds up to n of every row, see `lightning_tpgm.blocks.sums`."""
+        return self._of_rows(partial(blocks.sums, norm=self._norm), weights, anchors, at_once=blocks.is_one_call)
 
     def dots(self, gradients: Matrices, weights: Matrices, anchors: Matrices) -> Tensor:
         """<G_row, D_row> of every row."""
@@ -121,7 +125,7 @@ class Layout:
             inside: Whether rounding to 16 bits must not lengthen a row, see `lightning_tpgm.projection.project_inside`.
         """
         write = partial(blocks.write_inside, norm=self._norm) if inside else blocks.write_projection
-        self._rewrite(write, tensors, ratios, weights, anchors, reads=False)
+        self._rewrite(write, tensors, ratios, weights, anchors, reads=False, at_once=blocks.are_alike)
 
     def add_deviations(
         self, gradients: Sequence[Tensor | None], weights: Matrices, anchors: Matrices, factors: Tensor
@@ -138,7 +142,7 @@ class Layout:
 
     def add_multiples(self, gradients: Sequence[Tensor | None], deviations: Matrices, factors: Tensor) -> None:
         """G := G + factor D, in place, from D itself; None is left alone."""
-        self._rewrite(blocks.add_multiple, gradients, factors, deviations, reads=True)
+        self._rewrite(blocks.add_multiple, gradients, factors, deviations, reads=True, at_once=blocks.are_alike)
 
     def _rewrite(
         self,
@@ -147,38 +151,51 @@ class Layout:
         values: Tensor,
         *operands: Matrices,
         reads: bool,
+        at_once: Callable[..., bool] = _never,
     ) -> None:
         """Change the tensors in place, block by block, given the values of the rows and matrices; None is left alone.
 
-        ``reads`` says whether what the tensors hold enters the change.
+        ``reads`` says whether what the tensors hold enters the change, ``at_once`` whether blocks are not needed.
         """
         groups = zip(self._groups, torch.split(values.unsqueeze(1), self._sizes), *operands, strict=True)
         for group, value, *matrices in groups:
             if group.is_missing(tensors):
                 continue
             matrix = group.to_write(tensors, reads)
-            for target, each, *operand in group.blocks(matrix, value.expand_as(matrix), *matrices):
-                change(target, each, *map(self._here, operand))
+            for *given, target in self._blocks(group, at_once, [value.expand_as(matrix), *matrices], [matrix]):
+                change(target, *given)
             group.write(matrix, tensors)
 
-    def _here(self, block: Tensor) -> Tensor:
-        """A block of an anchor that is kept elsewhere comes to the tensors' device for as long as it is used."""
-        return block.to(self._device, non_blocking=True)
-
     def _of_rows(
-        self, function: Callable[..., Tensor], *operands: Matrices, written: Sequence[Tensor | None] = ()
+        self,
+        function: Callable[..., Tensor],
+        *operands: Matrices,
+        written: Sequence[Tensor | None] = (),
+        at_once: Callable[..., bool] = _never,
     ) -> Tensor:
         """Sums over every row, block by block, shape (..., rows); what is written is the last argument, if any is."""
         found = []
         written = written or [None] * len(operands[0])
         for group, target, *matrices in zip(self._groups, written, *operands, strict=True):
-            count, targets = len(matrices), () if target is None else (target,)
-            parts = [
-                function(*map(self._here, block[:count]), *block[count:]) for block in group.blocks(*matrices, *targets)
-            ]
+            targets = [] if target is None else [target]
+            parts = [function(*block) for block in self._blocks(group, at_once, matrices, targets)]
             rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             found.append((rows.sum(dim=-1, keepdim=True) if group.one_row and len(parts) > 1 else rows).to(self.dtype))
         return torch.cat(found, dim=-1) if found else torch.empty(0, dtype=self.dtype, device=self._device)
+
+    def _blocks(
+        self, group: Group, at_once: Callable[..., bool], operands: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> Iterable[Sequence[Tensor]]:
+        """The blocks of what is read and of what is written; all is one block where ``at_once`` says so.
+
+        A block of an anchor that is kept elsewhere comes to the tensors' device for as long as it is used.
+        """
+        if at_once(*operands, *targets):
+            return [[*operands, *targets]]
+        parts, count = group.blocks(*operands, *targets), len(operands)
+        if all(operand.device == self._device for operand in operands):
+            return parts
+        return ([*(m.to(self._device, non_blocking=True) for m in part[:count]), *part[count:]] for part in parts)
 
     # ---- from rows to tensors and back
 

@@ -48,8 +48,10 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if not function.is_view:
-            in_place = function._schema.name.endswith("_")
-            self.sizes.append(0 if in_place or not isinstance(result, Tensor) else result.numel())
+            is_new = isinstance(result, Tensor) and not any(
+                result is value for value in (*args, *(kwargs or {}).values())
+            )
+            self.sizes.append(result.numel() if is_new else 0)
         return result
 
 
@@ -108,7 +110,7 @@ def test_cheap_no_intermediate_result_is_larger_than_a_block(method: str, monkey
     monkeypatch.setitem(lightning_tpgm.groups.BLOCK, "cpu", 100)
     sizes = sizes_in_a_step(method, Scales(2, 1000), monkeypatch)
     assert not [size for size in sizes if size > 100]
-    assert 100 in sizes
+    assert (100 in sizes) is (method not in ("tpgm", "anchor decay"))  # these read all at once, and write in place
 
 
 @pytest.mark.parametrize("make", [lambda: TPGM(every_n_steps=1), SPD], ids=["tpgm", "spd"])

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_tpgm.groups
 from lightning_tpgm.layout import Layout
@@ -254,6 +255,64 @@ def test_long_rows_are_summed_exactly() -> None:
     moved = layout.arrange([torch.full_like(anchor, 1e-3)])
     found = from_sums(layout.sums(moved, layout.arrange([anchor])), "l2")
     torch.testing.assert_close(found, torch.tensor([0.512]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["mars", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 127, 128, 131, 254, 509 * 8, 509 * 16, 2**14])  # 131 and 509 are primes
+def test_rows_of_any_length_are_summed(length: int, dtype: torch.dtype, norm: Norm) -> None:
+    weights, anchors = some([(3, length)], 0, dtype), some([(3, length)], 1, dtype)
+    layout = Layout(weights, norm)
+    found = from_sums(layout.sums(layout.arrange(weights), layout.arrange(anchors)), norm)
+    wide = row_distance(weights[0].double() - anchors[0].double(), norm)
+    torch.testing.assert_close(found.double(), wide, rtol=1e-6 if dtype != torch.float64 else 1e-14, atol=0)
+
+
+class Sizes(TorchDispatchMode):
+    """The sizes of all new results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not function.is_view:
+            self.seen.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize(("length", "result"), [(1000, 16), (1016, 16), (1018, 1018), (1021, 1021)])
+def test_distances_need_a_block_of_memory_only_where_rows_have_no_long_equal_pieces(
+    length: int, result: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block is a row here. 1,021 is a prime, and 1,018 is two of them."""
+    set_limits(monkeypatch, 10, 100)
+    tensor = torch.zeros(2, length)
+    layout = Layout([tensor], "mars")
+    with Sizes() as sizes:
+        layout.sums(layout.arrange([tensor]), layout.arrange([tensor]))
+    assert max(sizes.seen) == result
+    for pair in ([tensor], [None]), ([None], [tensor]):
+        with Sizes() as sizes:
+            layout.sums(*map(layout.arrange, pair))
+        assert max(sizes.seen) == length, "zeros are not written out, though no operation takes them at once"
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.float64])
+def test_a_projection_is_one_operation_unless_dtypes_need_memory(
+    other: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ratios have float64 beside a tensor that does."""
+    set_limits(monkeypatch, 10, 100)
+    tensors = [torch.ones(1000), torch.ones(4, dtype=other)]
+    layout = Layout(tensors, "l2")
+    w, a = layout.arrange(tensors), layout.arrange([tensor.clone() for tensor in tensors])
+    ratios = torch.ones(2, dtype=layout.dtype)
+    with Sizes() as sizes:
+        layout.project(tensors, w, a, ratios, inside=True)
+    assert (1000 in sizes.seen) is (other == torch.float32)
+    assert max(sizes.seen) == (1000 if other == torch.float32 else 100)
 
 
 @pytest.mark.parametrize("norm", ["mars", "l2"])

@@ -86,9 +86,9 @@ def test_own_work_is_shown_over_its_passes_and_held_against_the_transcriptions(r
 
 
 def test_passes_are_the_documented_ones(report: ModuleType) -> None:
-    """But for an update of TPGM, which makes one more than its floor."""
+    """But for an update of TPGM, which makes two more than its floor."""
     counted = documented()
-    updates = dict.fromkeys(("TPGM, mars", "TPGM, l2"), counted["TPGM, update"] - 1)
+    updates = dict.fromkeys(("TPGM, mars", "TPGM, l2"), counted["TPGM, update"] - 2)
     expected = updates | {name: counted[name] for name in report.PASSES if name not in updates}
     assert expected == report.PASSES
 

@@ -100,11 +100,8 @@ class TPGM(Method):
         """Update the radii and project the weights."""
         if not tensors.names:
             return
-        weights = tensors.weights()
-        if updates:  # the parameters will hold projections
-            rows, weights = tensors.rows_and_copies(weights)
-        else:
-            rows = tensors.rows(weights)
+        weights = tensors.keep() if updates else tensors.weights()  # in updates the parameters hold projections
+        rows = tensors.rows(weights)
         largest = tensors.largest(rows)
         with self.radii.of(tensors) as radii:
             radii.start(tensors.smallest(rows) / 2, where=moved & (largest > 0))  # else it is still at its anchor
