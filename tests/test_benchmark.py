@@ -19,7 +19,22 @@ import cache
 import losses
 import summary
 import targets
-from methods import AFTER, CADENCES, METHODS, OTHER_DATA, OTHER_LOSSES, PLAIN, SHOWN, TPGM, TPGM_SWEEP, TRIED, WISE_FT
+from leads import Certain, OneRatio
+from lightning_tpgm.methods.radii import Radii
+from methods import (
+    AFTER,
+    CADENCES,
+    METHODS,
+    OTHER_DATA,
+    OTHER_LOSSES,
+    PLAIN,
+    SHOWN,
+    TPGM,
+    TPGM_SWEEP,
+    TRIED,
+    TRIED_LATER,
+    WISE_FT,
+)
 from results import FOLDER, Result, Run, append, append_row, mean_and_error, read
 from suite import Suite, load_suite
 
@@ -275,6 +290,7 @@ def test_every_method_runs_and_nothing_runs_twice(small: Suite, tmp_path: Path) 
     grid = sum(len(each.others) for each in METHODS)
     of_questions = [2 * len(METHODS), 3 * len(METHODS) + 2, 2 * 4, 2 * grid, len(CADENCES), 2 * len(TRIED)]
     alone = len(OTHER_LOSSES) + 2 * len(OTHER_DATA)  # question 7 shares one of two rates with question 6
+    alone += 2 * (len(TRIED_LATER) - 1)  # question 9 shares one of its five with question 6
     assert carried_out == len(set(runs)) == sum(of_questions) + alone
     benchmark.benchmark(small, tmp_path, pool, runs, epochs=1)
     assert pool.count == carried_out
@@ -333,7 +349,9 @@ def test_a_condition_sets_batches_and_precision(small: Suite, name: str) -> None
     }
 
 
-@pytest.mark.parametrize(("method", "settings"), [*TRIED, *((TPGM, settings) for settings in OTHER_DATA)])
+@pytest.mark.parametrize(
+    ("method", "settings"), [*TRIED, *TRIED_LATER[:3], TRIED_LATER[-1], *((TPGM, s) for s in OTHER_DATA)]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_an_idea_changes_its_method(small: Suite, method: str, settings: dict[str, Any]) -> None:
     """But for those of a fit, the weights after the fact: there the idea is where radii start."""
@@ -343,6 +361,44 @@ def test_an_idea_changes_its_method(small: Suite, method: str, settings: dict[st
         fit.carry_out() if method == PLAIN else fit.train()
         ends.append([value.clone() for value in fit.model.state_dict().values()])
     assert not all(map(torch.equal, *ends))
+
+
+def test_rotating_folds_hold_out_every_example_once(small: Suite) -> None:
+    """A batch of the callback's is of what the present epoch holds out, and of nothing that it trains on."""
+    data = small.data(0)
+    data.rotates = True
+    size, count = len(data.held_out), len(data.held_out) + len(data.train)
+    folds = [data.fold(epoch) for epoch in range(count // size)]
+    assert sorted(index for held_out, _ in folds for index in held_out) == list(range(count // size * size))
+    assert all(sorted(held_out + trained) == list(range(count)) for held_out, trained in folds)
+    everything = [image.numpy().tobytes() for image, _ in data.all()]
+    for epoch, (held_out, trained) in enumerate(folds):
+        data.epoch = lambda epoch=epoch: epoch  # type: ignore[method-assign,misc]
+        images, _ = next(iter(data.tpgm_dataloader()))
+        assert {image.numpy().tobytes() for image in images} <= {everything[index] for index in held_out}
+        images = torch.cat([images for images, _ in data.train_dataloader()])
+        assert sorted(i.numpy().tobytes() for i in images) == sorted(everything[index] for index in trained)
+
+
+def test_one_ratio_per_block() -> None:
+    radii = OneRatio(0.1)
+    radii.add(["a.conv.weight", "a.norm.weight", "b.conv.weight"])
+    radii.value, radii.largest = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 8.0, 4.0])
+    radii.learn(torch.zeros(3), torch.ones(3, dtype=torch.bool), 1)
+    assert radii.value.tolist() == [0.375 * 2, 0.375 * 8, 0.75 * 4]
+
+
+@pytest.mark.parametrize(("slopes", "moves"), [([1.0] * 9, True), ([1.0, -1.0] * 5, False)])
+def test_radii_move_where_their_slopes_are_certain(slopes: list[float], moves: bool) -> None:
+    found = {}
+    for radii in (Certain(0.1), Radii(0.1)):
+        radii.add(["weight"])
+        radii.start(torch.ones(1))
+        for slope in slopes:
+            radii.adam(torch.tensor([slope]), torch.tensor([True]))
+        found[type(radii)] = radii.value.item()
+    assert (found[Certain] < 1) is moves
+    assert found[Radii] != 1
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])

@@ -22,7 +22,6 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_tpgm
-from leads import FROM_SWEEP, MIXES, started_at
+from leads import MIXES, ROTATING, after_the_fact
 from lightning_tpgm import project_checkpoint, wise_ft_sweep
 from methods import (
     AFTER,
@@ -49,13 +48,14 @@ from methods import (
     TPGM,
     TPGM_SWEEP,
     TRIED,
+    TRIED_LATER,
     WISE_FT,
 )
 from results import FOLDER, Result, Run, append, read
 from suite import COSINE, SUITES, USUAL, Suite, load_suite
 
 RULE = "one_standard_error"
-QUESTIONS = (1, 2, 3, 4, 5, 6, 7, 8)
+QUESTIONS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 QUIET = {
     "accelerator": "cpu",
     "logger": False,
@@ -125,7 +125,8 @@ class Fit:
             self.data.hold_out(int(self.condition["held_out"]))
         for name in ("batch", "held_out_batch"):
             setattr(self.data, name, self.condition.get(name, getattr(self.data, name)))
-        self.data.training_share = MIXES.get(str(dict(run.settings).get("lead")), 0.0)
+        self.lead = str(dict(run.settings).get("lead"))
+        self.data.training_share, self.data.rotates = MIXES.get(self.lead, 0.0), self.lead == ROTATING
         self.precision: Any = self.condition.get("precision", "32-true")
         epochs = suite.epochs if epochs is None else epochs
         batches = len(self.data.train_dataloader())
@@ -148,6 +149,7 @@ class Fit:
             max_epochs=-1,
             max_steps=self.steps,
             limit_val_batches=0,
+            reload_dataloaders_every_n_epochs=int(self.data.rotates),
             callbacks=callbacks,
         )
         seed_everything(self.run.seed, verbose=False)
@@ -162,8 +164,7 @@ class Fit:
         found = [self._test(self.run.method, end, 1.0, seconds)]
         if self.run.method == PLAIN:
             found += self._swept(WISE_FT, end, seconds)
-            from_sweep = dict(self.run.settings).get("lead") == FROM_SWEEP
-            with started_at(found[-1].alpha) if from_sweep else nullcontext():
+            with after_the_fact(self.lead, found[-1].alpha):
                 projected, more = self._after_the_fact(end)
             found.append(self._test(AFTER, projected, 1.0, seconds + more))
         if self.run.method == TPGM:
@@ -258,6 +259,11 @@ def plan(suite: Suite, seeds: Sequence[int], questions: Sequence[int] = QUESTION
         for lr in suite.rates:
             for settings in OTHER_DATA:
                 yield Run(TPGM, USUAL, lr, tuple(settings.items()), seed)
+    for seed in seeds[:5] if 9 in questions else ():  # would one of the other ideas be better?
+        for condition in (USUAL, *suite.conditions.keys() & {COSINE}):
+            for lr in suite.rates[-3:-1]:
+                for name, settings in TRIED_LATER:
+                    yield Run(name, condition, lr, tuple(settings.items()), seed)
 
 
 def work_quietly() -> None:

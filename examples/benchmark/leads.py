@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -42,17 +42,65 @@ class PerBlock(Radii):
 
     def slope(self, tensors: Any, gradients: Any, weights: Any, rows: Tensor) -> Tensor:
         """The block's slope, in the unit of each tensor's radius."""
-        largest = tensors.largest(rows)
-        blocks = [name.rsplit(".", 2)[0] for name in self.names]
-        at = torch.tensor([sorted(set(blocks)).index(block) for block in blocks])
+        largest, at = tensors.largest(rows), self.blocks()
         of_ratios = (super().slope(tensors, gradients, weights, rows) * largest).nan_to_num()
         shared = torch.zeros_like(of_ratios).index_add(0, at, of_ratios)[at]
         return torch.where(largest > 0, shared / largest, 0)
 
+    def blocks(self) -> Tensor:
+        """The index of each tensor's block, shape (T,)."""
+        blocks = [name.rsplit(".", 2)[0] for name in self.names]
+        return torch.tensor([sorted(set(blocks)).index(block) for block in blocks])
+
+
+class PressedByMean(Radii):
+    """The held-out loss plus a tenth of the mean of all ratios."""
+
+    PRESSURE = 0.1
+
+    def slope(self, tensors: Any, gradients: Any, weights: Any, rows: Tensor) -> Tensor:
+        """The derivative of that, too."""
+        largest = tensors.largest(rows)
+        pressure = torch.where(largest > 0, self.PRESSURE / (largest * len(largest)), 0)
+        return super().slope(tensors, gradients, weights, rows) + pressure
+
+
+class OneRatio(PerBlock):
+    """One ratio a block, not only one direction: the mean of what its tensors would have."""
+
+    def slope(self, tensors: Any, gradients: Any, weights: Any, rows: Tensor) -> Tensor:
+        """The block's slope; notes the distances."""
+        self.largest = tensors.largest(rows)
+        return super().slope(tensors, gradients, weights, rows)
+
+    def learn(self, slope: Tensor, where: Tensor, steps: float) -> None:
+        """An update, after which the ratios of a block are one."""
+        super().learn(slope, where, steps)
+        has_ratio = (self.largest > 0) & ~self.value.isnan()
+        ratios = torch.where(has_ratio, self.value / self.largest, 0).clamp(max=1)
+        at = self.blocks()
+        total, count = (torch.zeros_like(ratios).index_add(0, at, each) for each in (ratios, has_ratio.to(ratios)))
+        self.value = torch.where(has_ratio, (total / count)[at] * self.largest, self.value)
+
+
+class Certain(Radii):
+    """A radius moves only where the mean of its slopes is larger than its standard error."""
+
+    def adam(self, grad: Tensor, where: Tensor, lr: Tensor | None = None) -> None:
+        """A step of those radii alone; the moments go on."""
+        before, (beta1, beta2) = self.value, self.BETAS
+        super().adam(grad, where, lr)
+        mean_square = self.exp_avg_sq / (1 - beta2**self.step)
+        error = (mean_square * (1 - beta1) / (1 + beta1)).sqrt()  # of an average with these weights
+        self.value = torch.where(self.exp_avg.abs() > error, self.value, before)
+
 
 LEADS: dict[str, type[Radii]] = {"pressure": Pressed, "averaged slopes": Averaged, "a direction per block": PerBlock}
-FROM_SWEEP = "from where the sweep ends"
-"""After the fact, radii start at the sweep's alpha instead of a half."""
+LATER: dict[str, type[Radii]] = {"pressure by the mean ratio": PressedByMean, "one ratio per block": OneRatio}
+FROM_SWEEP, ONE_BY_ONE = "from where the sweep ends", "one by one from there"
+"""After the fact, radii start at the sweep's alpha instead of a half. The second: each moves only if it is certain."""
+ROTATING = "rotating folds"
+"""Each epoch holds out other examples."""
 
 
 def at_best_temperature(model: LightningModule, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -84,7 +132,7 @@ class Lead(TPGMCallback):
     """TPGM with the radii of an idea.
 
     Args:
-        lead: A key of `LEADS`.
+        lead: A key of `LEADS` or `LATER`.
         **options: Of `TPGMCallback`.
     """
 
@@ -95,20 +143,25 @@ class Lead(TPGMCallback):
     def make_method(self) -> Any:
         """The method, with other radii."""
         method = super().make_method()
-        method.radii = LEADS[self.lead](self.radius_lr)
+        method.radii = (LEADS | LATER)[self.lead](self.radius_lr)
         return method
 
 
 def lead_or_tpgm(lead: str | None = None, **options: Any) -> TPGMCallback:
-    """TPGM, as it comes or with an idea. That of `MIXES` is about its data."""
-    if lead in LEADS:
+    """TPGM, as it comes or with an idea. Those of `MIXES` and `ROTATING` are about its data."""
+    if lead in LEADS | LATER:
         return Lead(lead, **options)
     return TPGMCallback(**options, **({"loss": LOSSES[lead]} if lead in LOSSES else {}))
 
 
 @contextmanager
-def started_at(alpha: float) -> Iterator[None]:
-    """Radii start at this share of the smallest distance instead of a half."""
+def after_the_fact(lead: object, alpha: float) -> Iterator[None]:
+    """TPGM after the fact with an idea: radii start at this share of the smallest distance instead of a half."""
     start: Callable[..., None] = Radii.start
-    with patch.object(Radii, "start", lambda self, value, where: start(self, 2 * alpha * value, where)):
+    with ExitStack() as patches:
+        if lead in (FROM_SWEEP, ONE_BY_ONE):
+            at_alpha = lambda self, value, where: start(self, 2 * alpha * value, where)  # noqa: E731
+            patches.enter_context(patch.object(Radii, "start", at_alpha))
+        if lead == ONE_BY_ONE:
+            patches.enter_context(patch("lightning_tpgm.methods.tpgm.Radii", Certain))
         yield

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from leads import FROM_SWEEP, IDEAS, LOSSES, MIXES, lead_or_tpgm
+from leads import FROM_SWEEP, IDEAS, LATER, LOSSES, MIXES, ONE_BY_ONE, ROTATING, lead_or_tpgm
 from lightning_tpgm import FTPCallback, L2SPCallback
 
 PLAIN, WISE_FT, EMA, L2_SP, FTP = "plain fine-tuning", "WiSE-FT", "EMA", "L2-SP", "FTP"
@@ -51,3 +51,8 @@ OTHER_DATA = tuple({"lead": mix} for mix in MIXES)
 """Settings of TPGM: whether its radii are learned from training data, too."""
 TRIED = ((PLAIN, {"lead": FROM_SWEEP}), *((TPGM, {"lead": lead}) for lead in IDEAS))
 """Ideas that are not in the package."""
+TRIED_LATER = (
+    *((TPGM, {"lead": lead}) for lead in (*LATER, ROTATING)),
+    *((PLAIN, {"lead": lead}) for lead in (FROM_SWEEP, ONE_BY_ONE)),
+)
+"""More of them."""

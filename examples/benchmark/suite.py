@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import ConcatDataset, DataLoader, Sampler, Subset, TensorDataset, WeightedRandomSampler
 
 SUITES = ("digits", "emoji", "sentiment")
 USUAL, COSINE = "usual", "cosine"  # conditions that tables ask for by name
@@ -45,6 +45,7 @@ class Data(LightningDataModule):
         self.seed = seed
         self.batch, self.held_out_batch = 32, 50
         self.training_share = 0.0  # of the examples that radii are learned from
+        self.rotates = False  # whether each epoch holds out other examples
 
     def hold_out(self, count: int) -> None:
         """Hold out so many examples: fewer of the held-out ones, or those that choose settings, too."""
@@ -53,8 +54,24 @@ class Data(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Training data, shuffled."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(self.train, batch_size=self.batch, shuffle=True, generator=generator)
+        epoch = self.epoch() if self.rotates else 0
+        generator = torch.Generator().manual_seed(self.seed + 1000 * epoch)
+        data = Subset(self.all(), self.fold(epoch)[1]) if self.rotates else self.train
+        return DataLoader(data, batch_size=self.batch, shuffle=True, generator=generator)
+
+    def epoch(self) -> int:
+        """The present one, 0 before a fit."""
+        return 0 if self.trainer is None else self.trainer.current_epoch
+
+    def all(self) -> ConcatDataset[tuple[Tensor, ...]]:
+        """What an epoch may hold out: this data set's held-out examples first."""
+        return ConcatDataset([self.held_out, self.train])
+
+    def fold(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Which of all examples an epoch holds out and trains on, if folds rotate."""
+        count, size = len(self.held_out) + len(self.train), len(self.held_out)
+        held_out = [(epoch * size + i) % count for i in range(size)]
+        return held_out, sorted({*range(count)} - {*held_out})
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Held-out data, in batches of ten: a standard error over batches needs several."""
@@ -62,12 +79,27 @@ class Data(LightningDataModule):
 
     def tpgm_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """The same data in larger batches, for the radii; drawn with replacement where training data are among them."""
+        if self.rotates:
+            return DataLoader(self.all(), batch_sampler=PresentFold(self))
         if not self.training_share:
             return DataLoader(self.held_out, batch_size=self.held_out_batch, shuffle=True)
         shares = {self.held_out: 1 - self.training_share, self.train: self.training_share}
         weights = [share / len(data) for data, share in shares.items() for _ in range(len(data))]
         sampler = WeightedRandomSampler(weights, len(self.train), generator=torch.Generator().manual_seed(self.seed))
         return DataLoader(ConcatDataset(list(shares)), batch_size=self.held_out_batch, sampler=sampler)
+
+
+class PresentFold(Sampler[list[int]]):
+    """Batches of what the present epoch holds out."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Draw batches without end."""
+        while True:
+            fold = torch.tensor(self.data.fold(self.data.epoch())[0])
+            yield fold[torch.randperm(len(fold))[: self.data.held_out_batch]].tolist()
 
 
 @dataclass(frozen=True)

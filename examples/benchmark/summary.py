@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import targets
-from leads import FROM_SWEEP, IDEAS, MIXES
+from leads import FROM_SWEEP, IDEAS, LATER, MIXES, ONE_BY_ONE, ROTATING
 from lightning_tpgm.observing.plotting import name_lines
 from losses import COMPARED
 from methods import AFTER, CADENCES, EMA, FIXED_RATES, FTP, L2_SP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
@@ -212,6 +212,14 @@ def leads_sweeps_table(suites: Sequence[SuiteResults]) -> str:
     return settings_table(suites, [USUAL, COSINE], {TPGM_SWEEP: (TPGM_SWEEP, {}), **ideas})
 
 
+def later_leads_table(suites: Sequence[SuiteResults]) -> str:
+    """More ideas that are not in the package."""
+    ideas = {lead: (TPGM, {"lead": lead}) for lead in (*LATER, ROTATING)}
+    after = {lead: (AFTER, {"lead": lead}) for lead in (FROM_SWEEP, ONE_BY_ONE)}
+    compared = {"TPGM": (TPGM, {}), **ideas, "TPGM after the fact": (AFTER, {}), **after}
+    return settings_table(suites, [USUAL, COSINE], compared)
+
+
 def mixes_table(suites: Sequence[SuiteResults]) -> str:
     """Radii that are learned from training data, too."""
     return settings_table(suites, [USUAL], {"TPGM": (TPGM, {}), **{mix: (TPGM, {"lead": mix}) for mix in MIXES}})
@@ -287,6 +295,7 @@ TABLES: dict[str, Callable[[Sequence[SuiteResults]], str]] = {
     "cadence": cadence_table,
     "leads": leads_table,
     "leads, swept": leads_sweeps_table,
+    "more leads": later_leads_table,
     "training data": mixes_table,
 }
 
