@@ -19,7 +19,7 @@ import cache
 import losses
 import summary
 import targets
-from leads import Certain, OneRatio
+from leads import FROM_SWEEP, ONE_BY_ONE, ROTATING, Certain, OneRatio
 from lightning_tpgm.methods.radii import Radii
 from methods import (
     AFTER,
@@ -354,9 +354,18 @@ def test_a_condition_sets_batches_and_precision(small: Suite, name: str) -> None
 )
 @pytest.mark.filterwarnings("ignore")
 def test_an_idea_changes_its_method(small: Suite, method: str, settings: dict[str, Any]) -> None:
-    """But for those of a fit, the weights after the fact: there the idea is where radii start."""
+    assert_differ(small, method, {}, settings)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_radii_that_move_one_by_one_end_elsewhere(small: Suite) -> None:
+    assert_differ(small, PLAIN, {"lead": FROM_SWEEP}, {"lead": ONE_BY_ONE})
+
+
+def assert_differ(small: Suite, method: str, *settings: dict[str, Any]) -> None:
+    """In the weights after the fact, if the fit is plain, or else in those of the fit."""
     ends = []
-    for own in ({}, settings):
+    for own in settings:
         fit = benchmark.Fit(small, Run(method, "usual", 3e-3, tuple(own.items()), 0), 8)
         fit.carry_out() if method == PLAIN else fit.train()
         ends.append([value.clone() for value in fit.model.state_dict().values()])
@@ -364,28 +373,51 @@ def test_an_idea_changes_its_method(small: Suite, method: str, settings: dict[st
 
 
 def test_rotating_folds_hold_out_every_example_once(small: Suite) -> None:
-    """A batch of the callback's is of what the present epoch holds out, and of nothing that it trains on."""
     data = small.data(0)
-    data.rotates = True
     size, count = len(data.held_out), len(data.held_out) + len(data.train)
     folds = [data.fold(epoch) for epoch in range(count // size)]
     assert sorted(index for held_out, _ in folds for index in held_out) == list(range(count // size * size))
     assert all(sorted(held_out + trained) == list(range(count)) for held_out, trained in folds)
-    everything = [image.numpy().tobytes() for image, _ in data.all()]
-    for epoch, (held_out, trained) in enumerate(folds):
-        data.epoch = lambda epoch=epoch: epoch  # type: ignore[method-assign,misc]
-        images, _ = next(iter(data.tpgm_dataloader()))
-        assert {image.numpy().tobytes() for image in images} <= {everything[index] for index in held_out}
-        images = torch.cat([images for images, _ in data.train_dataloader()])
-        assert sorted(i.numpy().tobytes() for i in images) == sorted(everything[index] for index in trained)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_epoch_of_rotating_folds_trains_on_what_it_does_not_hold_out(small: Suite) -> None:
+    """As noted by a module in a fit: each batch that it trains on, and each that radii are learned from."""
+    lead = Run(TPGM, "usual", 3e-3, (("lead", ROTATING),), 0)
+    fit = benchmark.Fit(small, lead, 4)
+    everything = [image.numpy().tobytes() for image, _ in fit.data.all()]
+    trained, held_out = ([set[int]() for _ in range(4)] for _ in range(2))
+    step = type(fit.model).training_step
+
+    def noted(batch: Any, batch_idx: int) -> Any:
+        of_epoch = (trained if fit.model.training else held_out)[fit.model.current_epoch]
+        of_epoch |= {everything.index(image.numpy().tobytes()) for image in batch[0]}
+        return step(fit.model, batch, batch_idx)
+
+    fit.model.training_step = noted  # type: ignore[method-assign]
+    fit.train()
+    folds = [fit.data.fold(epoch) for epoch in range(4)]
+    assert [sorted(indices) for indices in trained] == [indices for _, indices in folds]
+    assert all(seen <= {*indices} for seen, (indices, _) in zip(held_out, folds, strict=True))
+    assert [bool(seen) for seen in held_out] == [True, False, True, False], (
+        "an epoch has two steps, every fourth counts"
+    )
 
 
 def test_one_ratio_per_block() -> None:
     radii = OneRatio(0.1)
-    radii.add(["a.conv.weight", "a.norm.weight", "b.conv.weight"])
-    radii.value, radii.largest = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 8.0, 4.0])
-    radii.learn(torch.zeros(3), torch.ones(3, dtype=torch.bool), 1)
-    assert radii.value.tolist() == [0.375 * 2, 0.375 * 8, 0.75 * 4]
+    radii.add(["a.conv.weight", "a.norm.weight", "b.conv.weight", "b.norm.weight"])
+    radii.value = torch.tensor([1.0, 2.0, 3.0, 9.0])
+    radii.clamp(torch.tensor([2.0, 8.0, 4.0, 0.0]), torch.ones(4, dtype=torch.bool))
+    assert radii.value.tolist() == [0.375 * 2, 0.375 * 8, 0.75 * 4, 0]
+
+
+@pytest.mark.parametrize("first", ["features.0.", "network.blocks.0."])
+def test_a_layer_of_the_network_itself_is_a_block_of_its_own(first: str) -> None:
+    radii = OneRatio(0.1)
+    radii.add([f"{first}{name}" for name in ("conv.weight", "norm.weight")])
+    radii.add([f"{first.split('.')[0]}.{name}" for name in ("stem.weight", "head.weight", "head.bias")])
+    assert len(radii.blocks().unique()) == 3
 
 
 @pytest.mark.parametrize(("slopes", "moves"), [([1.0] * 9, True), ([1.0, -1.0] * 5, False)])

@@ -257,6 +257,14 @@ def test_long_rows_are_summed_exactly() -> None:
     torch.testing.assert_close(found, torch.tensor([0.512]), rtol=1e-6, atol=0)
 
 
+def test_anchors_of_another_dtype_are_measured() -> None:
+    """As after ``model.double()`` in the middle of a training."""
+    anchor = torch.zeros(3, 8)
+    layout = Layout([anchor.double()], "mars")
+    found = layout.sums(layout.arrange([torch.ones(3, 8).double()]), [anchor])
+    assert found.tolist() == [8, 8, 8]
+
+
 @pytest.mark.parametrize("norm", ["mars", "l2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("length", [1, 127, 128, 131, 254, 509 * 8, 509 * 16, 2**14])  # 131 and 509 are primes
@@ -282,11 +290,11 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("length", "result"), [(1000, 16), (1016, 16), (1018, 1018), (1021, 1021)])
+@pytest.mark.parametrize(("length", "result"), [(1000, 40), (1024, 32), (1016, 1016), (1021, 1021)])
 def test_distances_need_a_block_of_memory_only_where_rows_have_no_long_equal_pieces(
     length: int, result: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A block is a row here. 1,021 is a prime, and 1,018 is two of them."""
+    """A block is a row here. 1,021 is a prime, and 1,016 is eight times one."""
     set_limits(monkeypatch, 10, 100)
     tensor = torch.zeros(2, length)
     layout = Layout([tensor], "mars")

@@ -125,7 +125,7 @@ class Fit:
             self.data.hold_out(int(self.condition["held_out"]))
         for name in ("batch", "held_out_batch"):
             setattr(self.data, name, self.condition.get(name, getattr(self.data, name)))
-        self.lead = str(dict(run.settings).get("lead"))
+        self.lead = dict(run.settings).get("lead")
         self.data.training_share, self.data.rotates = MIXES.get(self.lead, 0.0), self.lead == ROTATING
         self.precision: Any = self.condition.get("precision", "32-true")
         epochs = suite.epochs if epochs is None else epochs

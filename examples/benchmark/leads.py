@@ -27,8 +27,20 @@ class Pressed(Radii):
     def slope(self, tensors: Any, gradients: Any, weights: Any, rows: Tensor) -> Tensor:
         """The derivative of that, too."""
         largest = tensors.largest(rows)
-        pressure = torch.where(largest > 0, 2 * self.value / largest.square() / len(largest), 0)
+        pressure = torch.where(largest > 0, self.pressure(largest) / len(largest), 0)
         return super().slope(tensors, gradients, weights, rows) + self.PRESSURE * pressure
+
+    def pressure(self, largest: Tensor) -> Tensor:
+        """The derivative of what is averaged, from the distances."""
+        return 2 * self.value / largest.square()
+
+
+class PressedByMean(Pressed):
+    """The held-out loss plus a tenth of the mean of all ratios."""
+
+    def pressure(self, largest: Tensor) -> Tensor:
+        """The derivative of what is averaged, from the distances."""
+        return largest.reciprocal()
 
 
 class Averaged(Radii):
@@ -48,39 +60,23 @@ class PerBlock(Radii):
         return torch.where(largest > 0, shared / largest, 0)
 
     def blocks(self) -> Tensor:
-        """The index of each tensor's block, shape (T,)."""
-        blocks = [name.rsplit(".", 2)[0] for name in self.names]
+        """The index of each tensor's block, shape (T,). A layer of the network itself is a block of its own."""
+        first = {name.partition(".")[0] for name in self.names}
+        levels = [(name.rpartition(".")[0], name.rsplit(".", 2)[0]) for name in self.names]
+        blocks = [layer if {parent} == first else parent for layer, parent in levels]
         return torch.tensor([sorted(set(blocks)).index(block) for block in blocks])
-
-
-class PressedByMean(Radii):
-    """The held-out loss plus a tenth of the mean of all ratios."""
-
-    PRESSURE = 0.1
-
-    def slope(self, tensors: Any, gradients: Any, weights: Any, rows: Tensor) -> Tensor:
-        """The derivative of that, too."""
-        largest = tensors.largest(rows)
-        pressure = torch.where(largest > 0, self.PRESSURE / (largest * len(largest)), 0)
-        return super().slope(tensors, gradients, weights, rows) + pressure
 
 
 class OneRatio(PerBlock):
     """One ratio a block, not only one direction: the mean of what its tensors would have."""
 
-    def slope(self, tensors: Any, gradients: Any, weights: Any, rows: Tensor) -> Tensor:
-        """The block's slope; notes the distances."""
-        self.largest = tensors.largest(rows)
-        return super().slope(tensors, gradients, weights, rows)
-
-    def learn(self, slope: Tensor, where: Tensor, steps: float) -> None:
-        """An update, after which the ratios of a block are one."""
-        super().learn(slope, where, steps)
-        has_ratio = (self.largest > 0) & ~self.value.isnan()
-        ratios = torch.where(has_ratio, self.value / self.largest, 0).clamp(max=1)
-        at = self.blocks()
+    def clamp(self, largest: Tensor, where: Tensor) -> None:
+        """Legal radii, of which those of a block are one share of their tensors' distances."""
+        super().clamp(largest, where)
+        has_ratio = where & (largest > 0) & ~self.value.isnan()
+        ratios, at = torch.where(has_ratio, self.value / largest, 0), self.blocks()
         total, count = (torch.zeros_like(ratios).index_add(0, at, each) for each in (ratios, has_ratio.to(ratios)))
-        self.value = torch.where(has_ratio, (total / count)[at] * self.largest, self.value)
+        self.value = torch.where(has_ratio, (total / count)[at] * largest, self.value)
 
 
 class Certain(Radii):
@@ -91,14 +87,16 @@ class Certain(Radii):
         before, (beta1, beta2) = self.value, self.BETAS
         super().adam(grad, where, lr)
         mean_square = self.exp_avg_sq / (1 - beta2**self.step)
-        error = (mean_square * (1 - beta1) / (1 + beta1)).sqrt()  # of an average with these weights
+        weights = (1 - beta1) / (1 + beta1) * (1 - beta1 ** (2 * self.step))  # the sum of their squares
+        error = (mean_square * weights).sqrt()
         self.value = torch.where(self.exp_avg.abs() > error, self.value, before)
 
 
 LEADS: dict[str, type[Radii]] = {"pressure": Pressed, "averaged slopes": Averaged, "a direction per block": PerBlock}
 LATER: dict[str, type[Radii]] = {"pressure by the mean ratio": PressedByMean, "one ratio per block": OneRatio}
 FROM_SWEEP, ONE_BY_ONE = "from where the sweep ends", "one by one from there"
-"""After the fact, radii start at the sweep's alpha instead of a half. The second: each moves only if it is certain."""
+"""After the fact, radii start at the sweep's alpha, at most at 0.99, instead of a half. At 1 they would have no slope.
+The second: each moves only where it is certain."""
 ROTATING = "rotating folds"
 """Each epoch holds out other examples."""
 
@@ -160,7 +158,7 @@ def after_the_fact(lead: object, alpha: float) -> Iterator[None]:
     start: Callable[..., None] = Radii.start
     with ExitStack() as patches:
         if lead in (FROM_SWEEP, ONE_BY_ONE):
-            at_alpha = lambda self, value, where: start(self, 2 * alpha * value, where)  # noqa: E731
+            at_alpha = lambda self, value, where: start(self, 2 * min(alpha, 0.99) * value, where)  # noqa: E731
             patches.enter_context(patch.object(Radii, "start", at_alpha))
         if lead == ONE_BY_ONE:
             patches.enter_context(patch("lightning_tpgm.methods.tpgm.Radii", Certain))

@@ -96,10 +96,13 @@ class PresentFold(Sampler[list[int]]):
         self.data = data
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Draw batches without end."""
+        """Pass after pass without end, the last one of an epoch cut short."""
         while True:
-            fold = torch.tensor(self.data.fold(self.data.epoch())[0])
-            yield fold[torch.randperm(len(fold))[: self.data.held_out_batch]].tolist()
+            epoch = self.data.epoch()
+            fold = torch.tensor(self.data.fold(epoch)[0])
+            for part in torch.randperm(len(fold)).split(self.data.held_out_batch):
+                if self.data.epoch() == epoch:
+                    yield fold[part].tolist()
 
 
 @dataclass(frozen=True)
