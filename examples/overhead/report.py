@@ -36,7 +36,7 @@ PASSES = {
     "L2-SP": 4,
 }
 """Reads and writes of the constrained weights in a step, as docs/cost.md counts them; two take the time of a copy. Of
-TPGM's update they are those of the floor. It makes one more, since it keeps W instead of D."""
+TPGM's update they are those of the floor. It makes two more, since it keeps a copy of W instead of D."""
 PEERS = ("FTP", "SPD", "DiGraP")  # that have a transcription in own.csv
 
 Times = dict[tuple[str, int], dict[str, float]]
