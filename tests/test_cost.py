@@ -39,11 +39,12 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 
 class Operations(TorchDispatchMode):
-    """Counts what runs inside and notes the sizes of the new results."""
+    """Notes the size of each result of what runs inside, and of the new ones: 0 for what is written in place."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[int] = []
+        self.results: list[int] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -51,7 +52,8 @@ class Operations(TorchDispatchMode):
             is_new = isinstance(result, Tensor) and not any(
                 result is value for value in (*args, *(kwargs or {}).values())
             )
-            self.sizes.append(result.numel() if is_new else 0)
+            self.results.append(result.numel() if isinstance(result, Tensor) else 0)
+            self.sizes.append(self.results[-1] if is_new else 0)
         return result
 
 

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_tpgm.groups
 from lightning_tpgm.layout import Layout
 from lightning_tpgm.norms import Norm, deviation, from_sums
 from lightning_tpgm.projection import project, ratio
+from test_cost import Operations
 
 SHAPES = [(), (1,), (7,), (0,), (3, 5), (5, 3), (1, 15), (0, 4), (4, 0), (4, 3, 2, 2), (2, 3, 3)]
 
@@ -276,20 +276,6 @@ def test_rows_of_any_length_are_summed(length: int, dtype: torch.dtype, norm: No
     torch.testing.assert_close(found.double(), wide, rtol=1e-6 if dtype != torch.float64 else 1e-14, atol=0)
 
 
-class Sizes(TorchDispatchMode):
-    """The sizes of all new results."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not function.is_view:
-            self.seen.append(result.numel())
-        return result
-
-
 @pytest.mark.parametrize(("length", "result"), [(1000, 40), (1024, 32), (1016, 1016), (1021, 1021)])
 def test_distances_need_a_block_of_memory_only_where_rows_have_no_long_equal_pieces(
     length: int, result: int, monkeypatch: pytest.MonkeyPatch
@@ -298,13 +284,13 @@ def test_distances_need_a_block_of_memory_only_where_rows_have_no_long_equal_pie
     set_limits(monkeypatch, 10, 100)
     tensor = torch.zeros(2, length)
     layout = Layout([tensor], "mars")
-    with Sizes() as sizes:
+    with Operations() as operations:
         layout.sums(layout.arrange([tensor]), layout.arrange([tensor]))
-    assert max(sizes.seen) == result
+    assert max(operations.results) == result
     for pair in ([tensor], [None]), ([None], [tensor]):
-        with Sizes() as sizes:
+        with Operations() as operations:
             layout.sums(*map(layout.arrange, pair))
-        assert max(sizes.seen) == length, "zeros are not written out, though no operation takes them at once"
+        assert max(operations.results) == length, "zeros are not written out, though no operation takes them at once"
 
 
 @pytest.mark.parametrize("other", [torch.float32, torch.float64])
@@ -317,10 +303,10 @@ def test_a_projection_is_one_operation_unless_dtypes_need_memory(
     layout = Layout(tensors, "l2")
     w, a = layout.arrange(tensors), layout.arrange([tensor.clone() for tensor in tensors])
     ratios = torch.ones(2, dtype=layout.dtype)
-    with Sizes() as sizes:
+    with Operations() as operations:
         layout.project(tensors, w, a, ratios, inside=True)
-    assert (1000 in sizes.seen) is (other == torch.float32)
-    assert max(sizes.seen) == (1000 if other == torch.float32 else 100)
+    assert (1000 in operations.results) is (other == torch.float32)
+    assert max(operations.results) == (1000 if other == torch.float32 else 100)
 
 
 @pytest.mark.parametrize("norm", ["mars", "l2"])

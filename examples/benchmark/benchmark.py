@@ -246,11 +246,8 @@ def plan(suite: Suite, seeds: Sequence[int], questions: Sequence[int] = QUESTION
         for lr in suite.rates[-3:-1]:
             for settings in CADENCES:
                 yield Run(TPGM, USUAL, lr, tuple(settings.items()), seed)
-    for seed in seeds[:5] if 6 in questions else ():  # would one of these ideas be better?
-        for condition in (USUAL, *suite.conditions.keys() & {COSINE}):
-            for lr in suite.rates[-3:-1]:
-                for name, settings in TRIED:
-                    yield Run(name, condition, lr, tuple(settings.items()), seed)
+    if 6 in questions:  # would one of these ideas be better?
+        yield from ideas(suite, seeds[:5], TRIED)
     for seed in seeds[:5] if 7 in questions else ():  # would another held-out loss be better?
         for lr in suite.rates:
             for settings in OTHER_LOSSES:
@@ -259,10 +256,16 @@ def plan(suite: Suite, seeds: Sequence[int], questions: Sequence[int] = QUESTION
         for lr in suite.rates:
             for settings in OTHER_DATA:
                 yield Run(TPGM, USUAL, lr, tuple(settings.items()), seed)
-    for seed in seeds[:5] if 9 in questions else ():  # would one of the other ideas be better?
+    if 9 in questions:  # would one of the other ideas be better?
+        yield from ideas(suite, seeds[:5], TRIED_LATER)
+
+
+def ideas(suite: Suite, seeds: Sequence[int], tried: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Run]:
+    """Methods with settings of their own at the second and third of the largest rates, constant and cosine."""
+    for seed in seeds:
         for condition in (USUAL, *suite.conditions.keys() & {COSINE}):
             for lr in suite.rates[-3:-1]:
-                for name, settings in TRIED_LATER:
+                for name, settings in tried:
                     yield Run(name, condition, lr, tuple(settings.items()), seed)
 
 

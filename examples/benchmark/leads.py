@@ -154,11 +154,14 @@ def lead_or_tpgm(lead: str | None = None, **options: Any) -> TPGMCallback:
 
 @contextmanager
 def after_the_fact(lead: object, alpha: float) -> Iterator[None]:
-    """TPGM after the fact with an idea: radii start at this share of the smallest distance instead of a half."""
-    start: Callable[..., None] = Radii.start
+    """TPGM after the fact, with the idea if it is one of it: `FROM_SWEEP` or `ONE_BY_ONE`, from this alpha."""
+    at_half: Callable[..., None] = Radii.start
+
+    def at_alpha(self: Radii, value: Tensor, where: Tensor) -> None:
+        at_half(self, 2 * min(alpha, 0.99) * value, where)
+
     with ExitStack() as patches:
         if lead in (FROM_SWEEP, ONE_BY_ONE):
-            at_alpha = lambda self, value, where: start(self, 2 * min(alpha, 0.99) * value, where)  # noqa: E731
             patches.enter_context(patch.object(Radii, "start", at_alpha))
         if lead == ONE_BY_ONE:
             patches.enter_context(patch("lightning_tpgm.methods.tpgm.Radii", Certain))
