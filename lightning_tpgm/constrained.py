@@ -170,6 +170,12 @@ class Constrained:
         """The mask of all tensors, shape (T,)."""
         return self.vector([True for _ in self.names])
 
+    def may_be_some(self, amounts: Tensor) -> list[bool]:
+        """Which of these, shape (T,), may be other than 0: all of them where the host would wait to know."""
+        if amounts.device.type != "cpu":
+            return [True] * len(self.names)
+        return [amount != 0 for amount in amounts.tolist()]
+
     def scalar(self, value: float = 0.0) -> Tensor:
         """A scalar of the device and dtype of distances and all that is learned."""
         return torch.full_like(self._layout.scalar(), value)

@@ -9,11 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, constrain
-from lightning_tpgm.methods import FTP, DiGraP
+from lightning_tpgm.constrained import Constrained
+from lightning_tpgm.methods import FTP, SPD, DiGraP, Step
 from parity_model import BATCH_SIZE, load_recording
 from properties import assert_same as assert_nested_same
 from reference import ReferenceDiGraP, ReferenceFTP, ReferenceL2SP, ReferenceSPD
@@ -267,6 +268,34 @@ def test_spd_float64_loop(optimizer: str, strength: float) -> None:
         by_hand.write(after)
     assert 0 < decayed < STEPS * len(by_hand.weights), "the data should call for decay sometimes"
     assert_same(module, by_hand)
+
+
+@pytest.mark.parametrize("callback", [SPDCallback, DiGraPCallback])
+def test_devices_agree_on_what_is_left_alone(callback: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU what does not change is not written; on other devices the host would wait to know, and all is."""
+    found = []
+    for waits in (False, True):
+        if waits:
+            monkeypatch.setattr(Constrained, "may_be_some", lambda tensors, _: [True] * len(tensors.names))
+        module, _, data = start("sgd", seed=7)
+        fit(module, [callback()], data, precision="64-true")
+        found.append([parameter.tolist() for parameter in module.parameters()])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("points_back", [True, False])
+def test_on_a_cpu_spd_writes_what_decays(points_back: bool) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    tensors = Constrained({"weight": weight}, {"weight": torch.zeros(2)}, "l2")
+    method, step = SPD(), Step(torch.optim.SGD([weight]), 0)
+    with torch.no_grad():
+        method.before(tensors, step)
+        weight.mul_(3)  # whatever the gradient says
+        weight.grad = torch.ones(2) if points_back else -torch.ones(2)
+        version = weight._version
+        method.after(tensors, step)
+    assert weight.tolist() == pytest.approx([1, 1] if points_back else [3, 3])
+    assert (weight._version > version) is points_back
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0])

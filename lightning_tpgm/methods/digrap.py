@@ -89,7 +89,9 @@ class DiGraP(Method):
             lr = torch.where(conflict, tensors.learning_rates(step.optimizer), 0)
             omegas.lr_used = torch.where(stepping, lr, omegas.lr_used)
         self._stepping = [name for name, here in zip(tensors.names, present, strict=True) if here]
-        tensors.add_multiples(grads, self._newer.of(tensors), -shares)
+        changes = tensors.may_be_some(shares)
+        changed = [grad if here else None for grad, here in zip(grads, changes, strict=True)]
+        tensors.add_multiples(changed, self._newer.of(tensors), -shares)
 
     @override
     def after(self, tensors: Constrained, step: Step) -> None:

@@ -50,8 +50,10 @@ class SPD(Method):
         new, old = (square.sqrt() for square in squares)
         rho = torch.where(new > 0, (new - old) / new, 0).clamp(0, 1)
         decay = torch.where(consistency > 0, self.strength * rho, 0)
-        # to write where nothing decays would invalidate graphs that are still in use
-        tensors.shrink(weights, 1 - decay, moved=[grad is not None for grad in grads])
+        # to write where nothing decays takes time, and invalidates graphs that are still in use
+        decays = tensors.may_be_some(decay)
+        moved = [grad is not None and here for grad, here in zip(grads, decays, strict=True)]
+        tensors.shrink(weights, 1 - decay, moved)
 
     @override
     def release(self) -> None:
