@@ -44,6 +44,7 @@ class Attached(Shown):
         self.reporter = Reporter(self.title, method.growth())
         self.tensors: Constrained | None = None  # those that are constrained now. None: no model is attached
         self._save_anchor = save_anchor
+        self._path: Path | None = None  # of the file that was passed
         self._file: AnchorFile | None = None  # what checkpoints name instead of holding anchors
         self._warn, self._tell = warn, tell
         self._model: nn.Module | None = None
@@ -56,6 +57,7 @@ class Attached(Shown):
         self, model: nn.Module, candidates: Tensors, pretrained: Tensors | None = None, path: Path | None = None
     ) -> None:
         """Take the anchors from the model's weights, or from given ones, which may come from a file."""
+        self._path = path
         if pretrained is not None and path is not None and not self._save_anchor:
             self._file = AnchorFile.of(path, pretrained, candidates)
         self._put_aside()
@@ -79,25 +81,27 @@ class Attached(Shown):
         path: Path | None = None,
     ) -> None:
         """Go on where `state_dict` was asked for; a state that names a file finds it here, if it has moved."""
-        self._restore(candidates, state, pretrained, path)
+        self._path = path
+        self._restore(candidates, state, pretrained)
         self._attach(model, candidates, state)
 
-    def _restore(
-        self,
-        candidates: Tensors,
-        state: Mapping[str, Any],
-        pretrained: Tensors | None = None,
-        path: Path | None = None,
-    ) -> None:
+    def _restore(self, candidates: Tensors, state: Mapping[str, Any], pretrained: Tensors | None = None) -> None:
         self._check_kind(state)
-        self._file = None if self._save_anchor else moved(named(state), path)
+        file = named(state)
+        tensors = None if file is None else file.read(self._path, pretrained)  # also if layers wait at its values
+        self._file = None if self._save_anchor else moved(file, self._path)
+        if not self._save_anchor and file is None:
+            self._warn(
+                f"{self.title}: `save_anchor` = False has no effect. The checkpoint holds its anchors, and so will"
+                " those that follow."
+            )
         self._put_aside()
-        self.anchors.restore(put_back(state, path, pretrained), candidates)
+        self.anchors.restore(put_back(state, tensors), candidates)
 
     def go_on(self, model: nn.Module, candidates: Tensors, pretrained: Tensors | None = None) -> None:
         """Go on with the same model after `release`."""
         if self._file is not None and pretrained is not None:  # the model may have got new parameters
-            self._file.check(pretrained)
+            self._file.read(self._path, pretrained)
             self._file = AnchorFile.of(Path(self._file.path), pretrained, candidates)
         self._put_aside()
         self.anchors.go_on(candidates, pretrained, self._report)

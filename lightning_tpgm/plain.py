@@ -49,8 +49,8 @@ def constrain(
         anchor_device: ``"cpu"``: the anchors are kept in the host's memory. None: on the parameters' device. A method
             that acts at the end brings them there then, and has them in the host's memory before.
         save_anchor: Whether ``state_dict()`` holds the anchors. False: it holds the path of the ``pretrained`` file and
-            a fingerprint of its tensors. Then ``load_state_dict()`` needs the file to be where it was. A method that
-            acts at the end reads it again in ``finish()``, and there are no distances before.
+            a fingerprint of its tensors. ``load_state_dict()`` compares them with the file that is passed here, or else
+            where it was. A method that acts at the end reads it again in ``finish()``, and has no distances before.
 
     Returns:
         The constraint: ``radii``, ``distances``, ``report()``, ``plot()``, ``state_dict()`` and ``load_state_dict()``

@@ -19,8 +19,9 @@ Pretrained = nn.Module | str | os.PathLike[str] | Mapping[str, Tensor]
 
 
 def path_of(pretrained: Pretrained | None) -> Path | None:
-    """The file that the pretrained weights are in, if they are in one."""
-    return Path(pretrained) if isinstance(pretrained, str | os.PathLike) else None
+    """The file that the pretrained weights are in, if they are in one; absolute, and a link if it is one."""
+    # not resolve(): what a link in a Hugging Face cache leads to has no suffix, by which `read_file` goes
+    return Path(pretrained).absolute() if isinstance(pretrained, str | os.PathLike) else None
 
 
 def read_pretrained(pretrained: Pretrained) -> dict[str, Tensor]:
@@ -116,7 +117,10 @@ def _why_not(path: Path) -> str:
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     for close in get_close_matches(path.name, beside, n=1):
         text += f" The closest in that folder is {close!r}."
-    return f"{text} Check its name, or leave `pretrained` out if the model holds its pretrained weights already."
+    return (
+        f"{text} Check its name. If it has moved, pass its new place. If the model holds its pretrained weights"
+        " already, leave `pretrained` out."
+    )
 
 
 def match_pretrained(

@@ -36,27 +36,40 @@ class AnchorFile:
         """Of a file that was read.
 
         Args:
-            path: Of the file.
+            path: Of the file, absolute.
             pretrained: What `read_pretrained` found in it.
             parameters: Those that may be constrained, by name.
         """
         sources = match_names(pretrained, parameters, lambda text: None) if parameters else {}
-        return cls(str(path.resolve()), fingerprint(pretrained, sources), sources)
+        return cls(str(path), fingerprint(pretrained, sources), sources)
 
-    def check(self, tensors: Mapping[str, Tensor], path: str | None = None) -> None:
-        """Raise a ValueError if what was read now is not what was read then.
+    def read(self, path: Path | None = None, given: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+        """The tensors that were in it, and more.
 
         Args:
-            tensors: What was read.
-            path: Where from. None: from where the file was.
+            path: Where it is now. None: where it was.
+            given: What is there, if it has been read. Without a path it was no file.
+
+        Raises:
+            ValueError: If it is not there, cannot be read, or holds other tensors.
         """
+        where = self.path if path is None else str(path)
+        is_in = f"The anchors are in {where!r} (`save_anchor` = False), and"
+        first = "Pass the file that the first run started from as `pretrained`."
+        try:
+            tensors = read_pretrained(where) if given is None else given
+        except FileNotFoundError as error:
+            raise ValueError(f"{is_in} there is no such file. Pass the file's new place as `pretrained`.") from error
+        except ValueError as error:
+            raise ValueError(f"{is_in} that file cannot be read. {first}") from error
         missing = sorted(set(self.sources.values()) - set(tensors))
         if missing or fingerprint(tensors, self.sources) != self.fingerprint:
-            raise ValueError(
-                f"The anchors are in {path or self.path!r} (`save_anchor` = False), and that file has changed"
-                f" since{f': it lacks {missing[0]!r}' if missing else ''}. Pass the file that the first run started"
-                " from as `pretrained`."
-            )
+            found = "`pretrained`" if path is None and given is not None else repr(where)
+            other = f"{found} holds other tensors than the anchors of this run, which came from {self.path!r}."
+            changed = f"{is_in} that file has changed since."
+            lacks = f" It lacks {missing[0]!r}." if missing else ""
+            raise ValueError(f"{changed if found == repr(self.path) else other}{lacks} {first}")
+        return tensors
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -88,38 +101,26 @@ def named(state: Mapping[str, Any]) -> AnchorFile | None:
 
 def moved(file: AnchorFile | None, path: Path | None) -> AnchorFile | None:
     """The file at its new place, if it has one."""
-    return file if file is None or path is None else replace(file, path=str(path.resolve()))
+    return file if file is None or path is None else replace(file, path=str(path))
 
 
 def put_back(
-    state: Mapping[str, Any],
-    path: Path | None = None,
-    given: Mapping[str, Tensor] | None = None,
-    copy: bool = False,
+    state: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None, copy: bool = False
 ) -> Mapping[str, Any]:
-    """A state dict that holds its anchors, read from the file that it names.
+    """A state dict that holds its anchors, from the file that it names.
 
     Args:
         state: As `lightning_tpgm.constraint.Constraint.state_dict` gave it.
-        path: Where the file is now. None: where it was.
-        given: What is in it, if it has been read.
+        tensors: What `AnchorFile.read` gave. None: it is read where it was, if it is needed.
         copy: Whether what is read is copied, see `read_pretrained`.
 
     Raises:
-        ValueError: If it is not there, or holds other tensors.
+        ValueError: See `AnchorFile.read`.
     """
     file = named(state)
     if file is None or not any(isinstance(value, str) for place in _PLACES for value in state[place].values()):
         return state
-    where = str(file.path if path is None else path)
-    try:
-        tensors = read_pretrained(where) if given is None else given
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"The anchors are in {where!r} (`save_anchor` = False), and there is no such file. Pass the file's new"
-            " place as `pretrained`."
-        ) from error
-    file.check(tensors, where)
+    tensors = file.read() if tensors is None else tensors
     values = {place: {**state[place], **_values(state[place], file, tensors, copy)} for place in _PLACES}
     return {**{key: value for key, value in state.items() if key != "file"}, **values}
 

@@ -47,6 +47,7 @@ GLOBAL_BATCH = 8
 METHODS: dict[str, dict[str, Any]] = {
     "tpgm_mars": {"class": TPGMCallback, "radius_lr": 0.05},
     "tpgm_l2": {"class": TPGMCallback, "norm": "l2", "radius_lr": 0.05, "radius_steps": 2, "anchor_device": "cpu"},
+    "tpgm_auto": {"class": TPGMCallback, "every_n_steps": 2},
     "tpgm_fit_end": {"class": TPGMCallback, "norm": "l2", "radius_steps": 3, "when": "fit_end"},
     "ftp_mars": {"class": FTPCallback, "k": 0.5},
     "ftp_l2": {"class": FTPCallback, "norm": "l2"},
@@ -177,6 +178,7 @@ def train(
     max_steps: int = STEPS,
     save_to: Path | None = None,
     resume_from: Path | None = None,
+    shards: bool = False,
 ) -> dict[str, Any]:
     """One fit; the result holds what this rank saw."""
     # the processes of one tensor-parallel group see the same batches
@@ -202,7 +204,7 @@ def train(
         "ddp_static": DDPStrategy(process_group_backend="gloo", static_graph=True),
     }
     if strategy not in strategies:
-        strategies[strategy] = ModelParallelStrategy(*sizes, save_distributed_checkpoint=False)
+        strategies[strategy] = ModelParallelStrategy(*sizes, save_distributed_checkpoint=shards)
     pl.seed_everything(5, verbose=False)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -249,6 +251,8 @@ FROM_FILE = ("tpgm_mars", "tpgm_fit_end", "wise_ft")
 # saved after the first epoch on the first and resumed on the second
 RESUMED = [("single", "ddp"), ("ddp", "single"), ("single", "fsdp2"), ("fsdp2", "single"), ("fsdp2", "fsdp2")]
 RESUMED_METHODS = ("tpgm_mars", "ftp_mars", "digrap")
+# by the strategy that saved: checkpoints that name the file of the anchors, and folders of shards
+RESUMED_ALIKE = [("ddp", "file"), ("fsdp2", "file"), ("fsdp2", "shards")]
 
 
 def cases(folder: Path) -> dict[str, dict[str, Any]]:
@@ -277,6 +281,12 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
             if second != "single":
                 resumed = {"resume_from": folder / f"{first}-{method}.ckpt"}
                 found[f"{first}-{second}-{method}-resumed"] = {"strategy": second, "method": method, **resumed}
+    for strategy, kind in RESUMED_ALIKE:
+        options: dict[str, Any] = {"strategy": strategy, "method": "tpgm_mars"}
+        options |= {"file": folder / "pretrained.pt"} if kind == "file" else {"shards": True}
+        path = folder / f"{strategy}-{kind}.ckpt"
+        found[f"{strategy}-{kind}-half"] = {**options, "max_steps": STEPS // 2, "save_to": path}
+        found[f"{strategy}-{kind}-resumed"] = {**options, "resume_from": path}
     return found
 
 

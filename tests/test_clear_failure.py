@@ -467,8 +467,8 @@ def write(content: Any, path: Path) -> Path:
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (
         lambda path: path,
-        "`pretrained` should be an existing file, found '{path}': there is no such file. Check its name, or leave"
-        " `pretrained` out if the model holds its pretrained weights already.",
+        "`pretrained` should be an existing file, found '{path}': there is no such file. Check its name. If it"
+        " has moved, pass its new place. If the model holds its pretrained weights already, leave `pretrained` out.",
     ),
     "misspelt": (
         lambda path: write(toy().state_dict(), path).with_stem("aa"),

@@ -14,6 +14,7 @@ import torch
 from distributed_worker import (
     METHODS,
     RESUMED,
+    RESUMED_ALIKE,
     RESUMED_METHODS,
     STEPS,
     STRATEGIES,
@@ -125,6 +126,19 @@ def test_same_everywhere_checkpoints_are_portable(
         resumed = ranks[0][f"{first}-{second}-{method}-resumed"]
     assert len(resumed["learned"]) == STEPS // 2
     assert_same(resumed, single(method=method))
+
+
+@pytest.mark.parametrize(("strategy", "kind"), RESUMED_ALIKE)
+def test_same_everywhere_files_and_shards_resume(
+    ranks: list[Results], folder: Path, single: Any, strategy: str, kind: str
+) -> None:
+    """Checkpoints that name the file of the anchors, and Lightning's default under `ModelParallelStrategy`."""
+    resumed, saved = ranks[0][f"{strategy}-{kind}-resumed"], folder / f"{strategy}-{kind}.ckpt"
+    assert saved.is_dir() == (kind == "shards")
+    (state,) = torch.load(saved / "meta.pt" if saved.is_dir() else saved, weights_only=True)["callbacks"].values()
+    assert {type(value) for value in state["anchor"].values()} == {str if kind == "file" else torch.Tensor}
+    assert len(resumed["learned"]) == STEPS // 2
+    assert_same(resumed, single(method="tpgm_mars"))
 
 
 @pytest.mark.parametrize(("method", "sends"), {"tpgm_mars": 2, "tpgm_l2": 4, "ftp_mars": 0, "digrap": 0}.items())

@@ -18,9 +18,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import lightning_tpgm
-from lightning_tpgm import FTPCallback, TPGMCallback, WiSEFTCallback, constrain, references
+from lightning_tpgm import FTPCallback, SPDCallback, TPGMCallback, WiSEFTCallback, constrain, references
 from lightning_tpgm.callbacks import method
 from lightning_tpgm.methods import FTP
+from lightning_tpgm.observing.history import History
 from lightning_tpgm.pretrained import read_pretrained
 from lightning_tpgm.references import fingerprint
 from properties import assert_same
@@ -28,6 +29,7 @@ from test_resume import EPOCHS, by_save_checkpoint, resumable
 from toys import Toy, quiet_trainer, toy, train_loader, val_loader
 
 METHODS = {"TPGM": TPGMCallback, "FTP": FTPCallback, "WiSE-FT": WiSEFTCallback}
+PAIR = (TPGMCallback, FTPCallback)
 
 
 def pretrained_file(folder: Path) -> Path:
@@ -48,9 +50,21 @@ def run(folder: Path, callback: Any, *others: Any, resume: Path | None = None, *
     return {"weights": saved["state_dict"], "callback": saved["callbacks"][callback.state_key]}
 
 
-def first_run(folder: Path, make: Any) -> tuple[Path, Path]:
+def file_of(folder: Path, kind: str) -> Path:
+    """Pretrained weights, those of `toy(5)`; a link as in a Hugging Face cache, to a file without suffix."""
+    if kind == "torch":
+        return pretrained_file(folder)
+    file = folder / "pretrained.safetensors"
+    pytest.importorskip("safetensors.torch").save_file(toy(5).state_dict(), file)
+    if kind == "link":
+        (folder / "blobs").mkdir()
+        file.symlink_to(file.rename(folder / "blobs" / "0123"))
+    return file
+
+
+def first_run(folder: Path, make: Any, kind: str = "torch") -> tuple[Path, Path]:
     """The file of the anchors, and a checkpoint that names it."""
-    file = pretrained_file(folder)
+    file = file_of(folder, kind)
     return file, by_save_checkpoint(lambda: make(pretrained=file, save_anchor=False), folder)
 
 
@@ -61,13 +75,14 @@ def state_in(checkpoint: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("moves", [False, True])
-def test_exact_resume(make: Any, moves: bool, tmp_path: Path) -> None:
-    file, checkpoint = first_run(tmp_path, make)
+@pytest.mark.parametrize("kind", ["torch", "link"])
+def test_exact_resume(make: Any, moves: bool, kind: str, tmp_path: Path) -> None:
+    file, checkpoint = first_run(tmp_path, make, kind)
     expected = run(tmp_path, make(pretrained=file))
     state = state_in(checkpoint)
     assert state["anchor"]
     assert all(isinstance(value, str) for value in state["anchor"].values())
-    place = file.rename(tmp_path / "elsewhere.ckpt") if moves else file
+    place = file.rename(tmp_path / f"elsewhere{file.suffix}") if moves else file
     found = run(tmp_path, make(pretrained=place, save_anchor=False), resume=checkpoint)
     assert found["callback"].pop("file")["path"] == str(place)
     found["callback"]["anchor"] = expected["callback"]["anchor"]  # only their names are there
@@ -116,19 +131,124 @@ def lose(file: Path) -> None:
     torch.save(content, file)
 
 
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+IS_IN = r"^The anchors are in '.*pretrained\.ckpt' \(`save_anchor` = False\), and "
+FIRST = r"\. Pass the file that the first run started from as `pretrained`\.$"
+OTHER = r"^'.*other\.ckpt' holds other tensors than the anchors of this run, which came from '.*pretrained\.ckpt'\."
+UNREADABLE = "^`pretrained` file '.*' cannot be read with weights_only=True"
+
+
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("spoil", "passed", "message"),
     [
-        (Path.unlink, r"there is no such file\. Pass the file's new place as `pretrained`"),
-        (change, r"has changed since\. Pass the file that the first run started from"),
-        (lose, r"has changed since: it lacks '.*'\. Pass the file"),
+        (Path.unlink, None, IS_IN + r"there is no such file\. Pass the file's new place as `pretrained`\.$"),
+        (Path.unlink, "pretrained.ckpt", r"there is no such file\..* If it has moved, pass its new place\."),
+        (change, None, IS_IN + "that file has changed since" + FIRST),
+        (change, "pretrained.ckpt", IS_IN + "that file has changed since" + FIRST),
+        (change, "other.ckpt", OTHER + FIRST[2:]),
+        (lose, None, IS_IN + r"that file has changed since\. It lacks '.*'" + FIRST),
+        (lose, "pretrained.ckpt", IS_IN + r"that file has changed since\. It lacks '.*'" + FIRST),
+        (lose, "other.ckpt", OTHER + " It lacks '.*'" + FIRST),
+        (cut, None, IS_IN + "that file cannot be read" + FIRST),
+        (cut, "pretrained.ckpt", UNREADABLE),
+        (cut, "other.ckpt", UNREADABLE),
     ],
 )
-def test_clear_failure_of_another_file(spoil: Any, message: str, tmp_path: Path) -> None:
+def test_clear_failure_of_another_file(spoil: Any, passed: str | None, message: str, tmp_path: Path) -> None:
+    """No `pretrained`, the same one as in the first run, and another file, whose content is spoilt."""
     file, checkpoint = first_run(tmp_path, TPGMCallback)
-    spoil(file)
+    spoil(file.rename(tmp_path / passed) if passed else file)
+    pretrained = {} if passed is None else {"pretrained": tmp_path / passed, "save_anchor": False}
+    with pytest.raises(MisconfigurationException, match=message) as raised:
+        run(tmp_path, TPGMCallback(**pretrained), resume=checkpoint)
+    if spoil is cut and passed is None:
+        assert "weights_only" in str(raised.value.__cause__.__cause__)  # what torch said is not lost
+
+
+@pytest.mark.parametrize("given", [lambda: toy(6), lambda: toy(6).state_dict()], ids=["module", "mapping"])
+def test_clear_failure_of_other_tensors_that_are_no_file(given: Any, tmp_path: Path) -> None:
+    _, checkpoint = first_run(tmp_path, TPGMCallback)
+    message = r"^`pretrained` holds other tensors than the anchors of this run, which came from '.*pretrained\.ckpt'\."
     with pytest.raises(MisconfigurationException, match=message):
-        run(tmp_path, TPGMCallback(), resume=checkpoint)
+        run(tmp_path, TPGMCallback(pretrained=given()), resume=checkpoint)
+
+
+@pytest.mark.parametrize("as_mapping", [False, True])
+def test_the_same_tensors_need_no_file(as_mapping: bool, tmp_path: Path) -> None:
+    file, checkpoint = first_run(tmp_path, TPGMCallback)
+    file.unlink()
+    given = nn.ModuleDict({"net": toy(5)})  # the names of the file
+    callback = TPGMCallback(pretrained=given.state_dict() if as_mapping else given)
+    run(tmp_path, callback, resume=checkpoint)
+    assert_same(callback.anchor, {name: toy(5).state_dict()[name] for name in callback.anchor})
+
+
+def test_a_relative_path_is_stored_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrained_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    found = run(tmp_path, TPGMCallback(pretrained="pretrained.ckpt", save_anchor=False))
+    assert found["callback"]["file"]["path"] == str(tmp_path / "pretrained.ckpt")
+
+
+@pytest.mark.parametrize("save_anchor", [True, False])
+def test_a_plain_loop_finds_a_file_that_has_moved(save_anchor: bool, tmp_path: Path) -> None:
+    file, module = pretrained_file(tmp_path), toy(0)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    state = constrain(module, FTP(), optimizer, pretrained=file, save_anchor=False).state_dict()
+    place = file.rename(tmp_path / "elsewhere.ckpt")
+    constraint = constrain(module, FTP(), optimizer, pretrained=place, save_anchor=save_anchor)
+    constraint.load_state_dict(state)
+    assert constraint.anchor
+    assert_same(constraint.anchor, {name: toy(5).state_dict()[name] for name in constraint.anchor})
+    assert save_anchor or constraint.state_dict()["file"]["path"] == str(place)
+
+
+def test_the_checkpoints_after_one_that_holds_its_anchors_do_so_too(tmp_path: Path) -> None:
+    file = pretrained_file(tmp_path)
+    checkpoint = by_save_checkpoint(lambda: TPGMCallback(pretrained=file), tmp_path)
+    with pytest.warns(UserWarning, match="`save_anchor` = False has no effect. The checkpoint holds") as warned:
+        found = run(tmp_path, TPGMCallback(pretrained=file, save_anchor=False), resume=checkpoint)
+    assert len([warning for warning in warned if "save_anchor" in str(warning.message)]) == 1
+    assert_same(found, run(tmp_path, TPGMCallback(pretrained=file)))
+
+
+def test_layers_that_wait_at_the_values_of_the_file_notice_that_it_has_changed(tmp_path: Path) -> None:
+    """The state holds no value that is read: they thaw around what the model holds."""
+    file, module = pretrained_file(tmp_path), toy(5).requires_grad_(False)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    constraint = constrain(module, FTP(), optimizer, pretrained=file, save_anchor=False)
+    state = constraint.state_dict()
+    assert set(state["waiting"].values()) == {None}
+    constraint.load_state_dict(state)
+    change(file)
+    with pytest.raises(ValueError, match="has changed since"):
+        constraint.load_state_dict(state)
+
+
+def test_two_callbacks_share_a_file(tmp_path: Path) -> None:
+    """Each acts on its part of the model, and resumes exactly."""
+    file = pretrained_file(tmp_path)
+
+    def two(**options: Any) -> list[Any]:
+        parts = (["head.*"], ["[!h]*", "hidden.*"])
+        return [make(pretrained=file, exclude=part, **options) for make, part in zip(PAIR, parts, strict=True)]
+
+    def both(**options: Any) -> list[Any]:
+        found = run(tmp_path, *two(save_anchor=False), **options)
+        states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+        return [found["weights"], {key: {**state, "file": None} for key, state in states.items()}]
+
+    expected = both()
+    assert all(state["anchor"] for state in expected[1].values())
+    both(max_epochs=1)
+    found = both(resume=(tmp_path / "last.ckpt").rename(tmp_path / "first.ckpt"))
+    assert_same(found[0], expected[0])
+    assert_same(found[1], expected[1])
+    whole = run(tmp_path, *two())
+    assert_same(found[0], whole["weights"])
 
 
 @pytest.mark.parametrize("pretrained", [None, {}, nn.Linear(2, 2)])
@@ -265,35 +385,56 @@ def test_checkpoints_are_as_large_as_documented(name: str, tmp_path: Path) -> No
 
 
 class Large(Toy):
-    """A matrix of 100 MB beside the toy's, stepped by its first element."""
+    """A matrix of 100 MB, stepped by its first element, and as many small tensors as a ResNet-50 has."""
 
     def __init__(self) -> None:
         super().__init__()
         self.large = nn.Parameter(torch.ones(5000, 5000))
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(75))
 
     def loss(self, batch: Any) -> torch.Tensor:
-        return super().loss(batch) + self.large[0, 0].square()
+        small = sum(parameter.square().sum() for parameter in self.layers.parameters())
+        return super().loss(batch) + self.large[0, 0].square() + small
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
-def test_with_a_file_a_checkpoint_of_100_mb_grows_by_less_than_1_mb(tmp_path: Path) -> None:
+def fill(history: History) -> None:
+    """As full as it can be, as after hundreds of steps; a number takes its bytes whatever it is."""
+    last = {name: records[-1] for name, records in history.values.items()}
+    while len(history.steps) < history.LIMIT - 1:
+        history.due()
+        history.add(last)
+
+
+@pytest.mark.parametrize(("make", "documented"), [(TPGMCallback, 2200), (SPDCallback, 600)])
+def test_with_a_file_a_checkpoint_of_100_mb_grows_by_its_history_alone(
+    make: Any, documented: int, tmp_path: Path
+) -> None:
     torch.save(Large().state_dict(), tmp_path / "pretrained.pt")
-    sizes = []
-    for callbacks in ([], [TPGMCallback(pretrained=tmp_path / "pretrained.pt", save_anchor=False)]):
-        trainer = quiet_trainer(*callbacks, max_steps=1, limit_val_batches=1, num_sanity_val_steps=0)
+    callback, sizes = make(pretrained=tmp_path / "pretrained.pt", save_anchor=False), []
+    for callbacks in ([], [callback]):
+        trainer = quiet_trainer(
+            *callbacks, max_steps=1, limit_val_batches=1, num_sanity_val_steps=0, log_every_n_steps=1
+        )
         trainer.fit(Large(), train_loader(), val_loader())
+        if callbacks:
+            fill(callback._constraint.reporter.history)
         trainer.save_checkpoint(tmp_path / "end.ckpt")
         sizes.append((tmp_path / "end.ckpt").stat().st_size)
+    tensors, grown = len(callback.anchor), sizes[1] - sizes[0]
     assert sizes[0] > 100_000_000
-    assert sizes[1] - sizes[0] < 1_000_000
+    assert tensors > 150
+    assert 0.8 * documented * tensors < grown < documented * tensors
+    assert grown < 1_000_000
 
 
 @pytest.mark.parametrize("make", AT_END.values(), ids=AT_END)
 @pytest.mark.parametrize("second", [False, True], ids=["one fit", "two fits"])
-def test_anchors_that_stay_in_the_file_give_the_same_end(make: Any, second: bool, tmp_path: Path) -> None:
-    file, found = pretrained_file(tmp_path), []
+@pytest.mark.parametrize("kind", ["torch", "link"])
+def test_anchors_that_stay_in_the_file_give_the_same_end(make: Any, second: bool, kind: str, tmp_path: Path) -> None:
+    file, found = file_of(tmp_path, kind), []
     for save_anchor in (True, False):
         torch.manual_seed(7)
         module, callback = resumable(0), make(pretrained=file, save_anchor=save_anchor)
@@ -354,12 +495,22 @@ def test_a_file_that_changes_before_the_end_is_an_error(tmp_path: Path) -> None:
         quiet_trainer(WiSEFTCallback(pretrained=file, save_anchor=False), Change()).fit(resumable(0))
 
 
-def file_of(folder: Path, kind: str) -> Path:
-    """Pretrained weights, those of `toy(5)`."""
-    if kind == "torch":
-        return pretrained_file(folder)
-    pytest.importorskip("safetensors.torch").save_file(toy(5).state_dict(), folder / "pretrained.safetensors")
-    return folder / "pretrained.safetensors"
+@pytest.mark.parametrize("make", AT_END.values(), ids=AT_END)
+def test_a_file_that_is_gone_at_the_end_costs_no_training(make: Any, tmp_path: Path) -> None:
+    """As docs/troubleshooting.md says: the last checkpoint goes on with the file's new place."""
+    file, checkpoint, place = pretrained_file(tmp_path), tmp_path / "during.ckpt", tmp_path / "elsewhere.ckpt"
+    expected = run(tmp_path, make(pretrained=file, save_anchor=False))
+
+    class Move(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(checkpoint)
+                file.rename(place)
+
+    with pytest.raises(MisconfigurationException, match="there is no such file"):
+        run(tmp_path, make(pretrained=file, save_anchor=False), Move())
+    found = run(tmp_path, make(pretrained=place, save_anchor=False), resume=checkpoint)
+    assert_same(found["weights"], expected["weights"])
 
 
 def overwrite(file: Path) -> None:

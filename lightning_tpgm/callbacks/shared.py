@@ -46,7 +46,7 @@ class Shared(TypedDict, total=False):
         save_anchor: Whether checkpoints hold the anchors. False: they hold the path of the ``pretrained`` file and a
             fingerprint of its tensors. To resume reads the file and compares. If it has moved, pass its new place.
             What acts at the end of the fit reads the file again then. It holds no anchors in memory before, and so
-            records no distances.
+            records no distances. False has no effect where a run resumes from a checkpoint that holds its anchors.
     """
 
     exclude: Sequence[str]
