@@ -16,17 +16,29 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_tpgm import FTPCallback, TPGMCallback
+from lightning_tpgm import (
+    AnchorDecayCallback,
+    DiGraPCallback,
+    FTPCallback,
+    L2SPCallback,
+    SPDCallback,
+    TPGMCallback,
+)
+from lightning_tpgm.callbacks.method import MethodCallback
 from lightning_tpgm.callbacks.radii import WithRadii
 from properties import assert_inside_balls
 from toys import FEATURES, AfterEachStep, Blobs, Classifier, blobs, seed_everything, trainer_in, weights_of
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
-METHODS: dict[str, Callable[..., WithRadii]] = {
+METHODS: dict[str, Callable[..., MethodCallback]] = {  # so strong that they show
     "TPGM mars": TPGMCallback,
     "TPGM l2": partial(TPGMCallback, norm="l2", radius_steps=2),
     "FTP": FTPCallback,
+    "SPD": SPDCallback,
+    "DiGraP": partial(DiGraPCallback, omega_lr=0.5),
+    "L2-SP": partial(L2SPCallback, strength=1.0),
+    "AnchorDecay": partial(AnchorDecayCallback, strength=1.0),
 }
 # How far the run may be from that in 32-true on the CPU, as a fraction of the way that the latter went: sums have
 # another order on a GPU, float16 has a relative resolution of 2^-11, bfloat16 of 2^-8, either adds up over 16 steps.
@@ -38,7 +50,8 @@ def held_out() -> DataLoader[Any]:
 
 
 def sgd(module: Classifier) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.1)
+    """Goes too far and comes back: otherwise SPD and DiGraP would have nothing to do."""
+    return torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
 
 
 def fused(module: Classifier) -> torch.optim.Optimizer:
@@ -79,6 +92,20 @@ def assert_follows(found: Classifier, expected: Classifier, tolerance: float) ->
     assert apart(weights_of(found), reference) <= tolerance * apart(reference, start)
 
 
+def assert_inside(found: Classifier, callback: MethodCallback) -> None:
+    """Of its balls, if the method has any."""
+    if isinstance(callback, WithRadii):
+        assert_inside_balls(found, callback.anchor, callback.radii, callback.norm)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_shows(method: str, tmp_path: Path) -> None:
+    """Else a run could follow the one on the CPU without it."""
+    plain, found = (run(tmp_path, "cpu", *callbacks) for callbacks in ([], [METHODS[method]()]))
+    start = weights_of(Classifier())
+    assert apart(weights_of(found), weights_of(plain)) > 0.01 * apart(weights_of(plain), start)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", METHODS)
@@ -86,7 +113,7 @@ def test_follows_the_cpu(method: str, precision: str, device: str, tmp_path: Pat
     callback = METHODS[method]()
     found = run(tmp_path, device, callback, precision=precision)
     assert_follows(found, run(tmp_path, "cpu", METHODS[method]()), PRECISIONS[precision])
-    assert_inside_balls(found, callback.anchor, callback.radii, callback.norm)
+    assert_inside(found, callback)
     assert {anchor.device.type for anchor in callback.anchor.values()} == {"cpu"}  # after the fit
 
 
@@ -173,7 +200,7 @@ def test_anchors_in_the_hosts_memory(method: str, device: str, tmp_path: Path) -
     found = run(tmp_path, device, callback, AfterEachStep(look))
     assert where == {("cpu", device == "cuda")}
     assert_follows(found, run(tmp_path, "cpu", METHODS[method]()), 0.001)
-    assert_inside_balls(found, callback.anchor, callback.radii, callback.norm)
+    assert_inside(found, callback)
 
 
 @pytest.fixture
@@ -183,14 +210,29 @@ def default_sync_mode() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def sync_mode(device: str, mode: str) -> pl.Callback:
-    """Sets what torch does when a GPU is waited for, after each optimizer step; its first ones may fill caches."""
+class SyncMode(AfterEachStep):
+    """Sets what torch does when a GPU is waited for, at each moment of a step that callbacks act at, in their order.
 
-    def switch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if device == "cuda" and trainer.fit_loop.total_batch_idx > 1:
-            torch.cuda.set_sync_debug_mode(mode)
+    The first steps may fill caches.
+    """
 
-    return AfterEachStep(switch)
+    def __init__(self, device: str, mode: str) -> None:
+        super().__init__(self._switch)
+        self.device, self.mode = device, mode
+
+    def _switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.device == "cuda" and trainer.fit_loop.total_batch_idx > 1:
+            torch.cuda.set_sync_debug_mode(self.mode)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_pre_hook(lambda *_: self.function(trainer, pl_module))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.function(trainer, pl_module)
 
 
 @pytest.mark.usefixtures("default_sync_mode")
@@ -199,12 +241,12 @@ def sync_mode(device: str, mode: str) -> pl.Callback:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_waits_for_the_device(method: str, precision: str, optimizer: Any, device: str, tmp_path: Path) -> None:
-    """In all that a callback does after an optimizer step, the held-out evaluation included."""
-    if method == "FTP" and optimizer is fused and precision == "16-mixed":
-        pytest.skip("FTP refuses a fused optimizer under a gradient scaler: see test_contract.py")
+    """In all that a callback does before and after an optimizer step, the held-out evaluation included."""
     callback = METHODS[method]()
+    if callback.make_method().reads_gradients and optimizer is fused and precision == "16-mixed":
+        pytest.skip("refused under a gradient scaler: see test_contract.py")
     if isinstance(callback, TPGMCallback):  # batches that are on the device: to bring them there is the loader's affair
         callback.dataloader = lambda: [[part.to(device) for part in batch] for batch in held_out()]
-    around = sync_mode(device, "error"), sync_mode(device, "default")
+    around = SyncMode(device, "error"), SyncMode(device, "default")
     found = run(tmp_path, device, around[0], callback, around[1], precision=precision, optimizer=optimizer)
-    assert_inside_balls(found, callback.anchor, callback.radii, callback.norm)
+    assert_inside(found, callback)

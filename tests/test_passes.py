@@ -18,7 +18,7 @@ import lightning_tpgm.groups
 from lightning_tpgm.constrained import Constrained
 from lightning_tpgm.methods import FTP, L2SP, SPD, TPGM, AnchorDecay, DiGraP, Method, Step, WiSEFT
 
-SHAPE, BLOCK = (32, 128), 512
+SHAPE, BLOCK = (64, 128), 512
 
 METHODS: dict[str, Callable[[], Method]] = {
     "TPGM, no update": lambda: TPGM(every_n_steps=100),
@@ -43,6 +43,11 @@ def documented() -> dict[str, int]:
 def documented_at_rest() -> dict[str, int]:
     """On a CPU, where a method changes nothing."""
     return {name: int(n) for name, n in re.findall(r"^\| ([^|]+) \| \d+ .* (\d+) on a CPU", table(), re.MULTILINE)}
+
+
+def documented_of_16_bits() -> dict[str, int]:
+    """Where weights of 16 bits take another number."""
+    return {name: int(n) for name, n in re.findall(r"^\| ([^|]+) \| \d+ .* 16 bits: (\d+)", table(), re.MULTILINE)}
 
 
 class Memory(TorchDispatchMode):
@@ -101,12 +106,14 @@ class HeldOut:
         return vector
 
 
-def passes(method: Method, gradient: Callable[[Tensor], Tensor] = torch.randn_like) -> float:
+def passes(
+    method: Method, gradient: Callable[[Tensor], Tensor] = torch.randn_like, dtype: torch.dtype = torch.float32
+) -> float:
     """Elements that a method reads and writes in the third step, or at the end, over those under constraint.
 
-    ``gradient`` makes one from a deviation.
+    ``gradient`` makes one from a deviation, ``dtype`` is that of the weights.
     """
-    weight = nn.Parameter(torch.randn(SHAPE))
+    weight = nn.Parameter(torch.randn(SHAPE, dtype=dtype))
     anchor = weight.detach().clone()
     tensors = Constrained({"weight": weight}, {"weight": anchor}, method.norm)
     tensors.prepare(method.has_radii)
@@ -132,15 +139,19 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(lightning_tpgm.groups.BLOCK, "cpu", BLOCK)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", METHODS)
-def test_memory_is_read_and_written_as_often_as_documented(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_read_and_written_as_often_as_documented(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted as on a device that the host would wait for."""
     monkeypatch.setattr(Constrained, "may_be_some", lambda tensors, _: [True] * len(tensors.names))
     method = METHODS[name]()
     if isinstance(method, TPGM):
         method.held_out = HeldOut()  # type: ignore[assignment]
+    expected = documented() | (documented_of_16_bits() if dtype == torch.bfloat16 else {})
     with torch.no_grad():
-        assert passes(method) == documented()[name]
+        assert passes(method, dtype=dtype) == expected[name]
 
 
 @pytest.mark.parametrize("name", documented_at_rest())
@@ -153,3 +164,4 @@ def test_on_a_cpu_what_does_not_change_is_left_alone(name: str) -> None:
 def test_the_table_has_every_method() -> None:
     assert [*documented()] == [*METHODS]
     assert [*documented_at_rest()] == ["SPD", "DiGraP"]
+    assert [*documented_of_16_bits()] == ["FTP"]
