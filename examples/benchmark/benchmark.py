@@ -315,10 +315,12 @@ def main() -> None:
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
     parser.add_argument("--seeds", type=int, help="the first so many; default: all of the suite's")
     parser.add_argument("--questions", type=int, nargs="+", choices=QUESTIONS, default=QUESTIONS)
-    parser.add_argument("--epochs", type=int, help="instead of the suite's")
+    parser.add_argument("--epochs", type=int, help="instead of the suite's; needs --output")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the results (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
+    if arguments.epochs is not None and arguments.output.resolve() == FOLDER.resolve():
+        parser.error("--epochs needs an --output of its own: the committed results are those of the suites' epochs")
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
         for suite in map(load_suite, arguments.suites):
             runs = plan(suite, range(suite.seeds)[: arguments.seeds], arguments.questions)

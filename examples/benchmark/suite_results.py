@@ -71,9 +71,7 @@ class SuiteResults:
 
     def radius_rates(self, lr: float) -> list[list[Result]]:
         """TPGM with its automatic rate, then with each fixed one, at the seeds that all have; nothing without any."""
-        runs = [self.of(TPGM, USUAL, lr, settings) for settings in ({}, *FIXED_RATES)]
-        common = set.intersection(*({result.run.seed for result in run} for run in runs))
-        return [[result for result in run if result.run.seed in common] for run in runs] if common else []
+        return at_common_seeds([self.of(TPGM, USUAL, lr, settings) for settings in ({}, *FIXED_RATES)])
 
     def within_one_error(self, lr: float, domains: Sequence[str]) -> bool | None:
         """Whether the automatic rate is within a standard error of the best fixed one; None if one was not run."""
@@ -83,6 +81,12 @@ class SuiteResults:
         best = max(fixed, key=lambda run: fmean(result.mean(domains) for result in run))
         difference, error = mean_and_error(differences(list(zip(auto, best, strict=True)), domains))
         return difference >= -error
+
+
+def at_common_seeds(runs: Sequence[Sequence[Result]]) -> list[list[Result]]:
+    """Of each run the seeds that all of them have; nothing if there is none."""
+    common = set.intersection(*({result.run.seed for result in run} for run in runs)) if runs else set()
+    return [[result for result in run if result.run.seed in common] for run in runs] if common else []
 
 
 def paired(found: Sequence[Result], others: Sequence[Result]) -> list[tuple[Result, Result]]:

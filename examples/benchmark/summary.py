@@ -22,7 +22,7 @@ from losses import COMPARED
 from methods import AFTER, CADENCES, EMA, FIXED_RATES, FTP, L2_SP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
 from results import FOLDER, Result, mean_and_error
 from suite import COSINE, USUAL
-from suite_results import SuiteResults, differences, paired, present
+from suite_results import SuiteResults, at_common_seeds, differences, paired, present
 
 OVERVIEW = Path(__file__).parents[2] / "README.md"
 DETAILS = Path(__file__).parent / "README.md"
@@ -90,23 +90,25 @@ def conditions_table(suites: Sequence[SuiteResults]) -> str:
     return markdown(["suite, condition, learning rate", "tested", *SHOWN], rows)
 
 
+def grid(method: str) -> list[Mapping[str, Any]]:
+    """The settings to compare of a method: as it comes, and the others of its fit."""
+    fit = TPGM if method == TPGM_SWEEP else method
+    return [{}, *next((each.others for each in METHODS if each.name == fit), ())]
+
+
 def options(suite: SuiteResults, method: str) -> list[list[Result]]:
-    """What a method was run with, at every learning rate and with every setting of its grid.
-
-    Of each the seeds that the method as it comes has at all learning rates; nothing of what lacks one of them.
-    """
-    grid: list[Mapping[str, Any]] = [{}, *next((each.others for each in METHODS if each.name == method), ())]
-    found = [suite.of(method, USUAL, lr, settings) for settings in grid for lr in suite.rates]
-    usual = [{result.run.seed for result in run} for run in found[: len(suite.rates)] if run]
-    seeds = set.intersection(*usual) if usual else set()
-    chosen = [[result for result in run if result.run.seed in seeds] for run in found]
-    return [run for run in chosen if run and len(run) == len(seeds)]
+    """What a method was run with: each setting of its grid at each rate, at the seeds that all of them have."""
+    found = [suite.of(method, USUAL, lr, settings) for settings in grid(method) for lr in suite.rates]
+    return at_common_seeds([run for run in found if run])
 
 
-def tuned(suite: SuiteResults, method: str) -> list[Result] | None:
-    """A method at the learning rate and setting with the best accuracy on the choice data; None if it was not run."""
+def tuned(suite: SuiteResults, method: str) -> list[Result]:
+    """All seeds of a method at the learning rate and setting that are best on the choice data of the common seeds."""
     found = options(suite, method)
-    return max(found, key=lambda results: fmean(result.choice for result in results)) if found else None
+    if not found:
+        return []
+    best = max(found, key=lambda results: fmean(result.choice for result in results))[0].run
+    return suite.of(method, USUAL, best.lr, dict(best.settings))
 
 
 def tuned_table(suites: Sequence[SuiteResults]) -> str:
@@ -114,13 +116,27 @@ def tuned_table(suites: Sequence[SuiteResults]) -> str:
 
     def cells(suite: SuiteResults, method: str) -> list[str]:
         best, plain = tuned(suite, method), tuned(suite, PLAIN)
-        if best is None or plain is None:
+        if not best or not plain:
             return ["" for _ in range(len(suite.columns) + 1)]
         settings = ", ".join([f"{best[0].run.lr:g}", *(f"{name} {value}" for name, value in best[0].run.settings)])
         return [settings, *(cell(paired(best, plain), domains) for domains in suite.columns.values())]
 
     head = ["", *(f"{suite.name}: {heading}" for suite in suites for heading in ("chosen", *suite.columns))]
     return markdown(head, ([method, *(part for suite in suites for part in cells(suite, method))] for method in SHOWN))
+
+
+def compared_settings_table(suites: Sequence[SuiteResults]) -> str:
+    """From how many settings and on how many seeds the rows of the tuned table were chosen."""
+
+    def text(suite: SuiteResults, method: str) -> str:
+        found = options(suite, method)
+        if not found:
+            return ""
+        settings, seeds = {run[0].run.settings for run in found}, len(found[0])
+        return f"{len(settings)} of {len(grid(method))}, {seeds} seed{'s' if seeds > 1 else ''}"
+
+    rows = ([method, *(text(suite, method) for suite in suites)] for method in SHOWN)
+    return markdown(["settings compared", *(suite.name for suite in suites)], rows)
 
 
 def automatic_table(suites: Sequence[SuiteResults]) -> str:
@@ -197,6 +213,13 @@ def cadence_table(suites: Sequence[SuiteResults]) -> str:
     """TPGM that updates its radii more or less often."""
     others = {f"every {settings['every_n_steps']}": (TPGM, settings) for settings in CADENCES}
     return settings_table(suites, [USUAL], {"every 4 (the default)": (TPGM, {}), **others})
+
+
+def norm_table(suites: Sequence[SuiteResults]) -> str:
+    """TPGM with the other norm."""
+    l2 = {"norm": "l2"}
+    swept = {"mars, then the sweep": (TPGM_SWEEP, {}), "l2, then the sweep": (TPGM_SWEEP, l2)}
+    return settings_table(suites, [USUAL], {"mars (the default)": (TPGM, {}), "l2": (TPGM, l2), **swept})
 
 
 def leads_table(suites: Sequence[SuiteResults]) -> str:
@@ -290,9 +313,11 @@ TABLES: dict[str, Callable[[Sequence[SuiteResults]], str]] = {
     "rates": rates_table,
     "conditions": conditions_table,
     "tuned": tuned_table,
+    "compared settings": compared_settings_table,
     "automatic": automatic_table,
     "losses": losses_table,
     "cadence": cadence_table,
+    "norm": norm_table,
     "leads": leads_table,
     "leads, swept": leads_sweeps_table,
     "more leads": later_leads_table,
@@ -301,17 +326,21 @@ TABLES: dict[str, Callable[[Sequence[SuiteResults]], str]] = {
 
 
 def overview_table(suites: Sequence[SuiteResults]) -> str:
-    """Three methods, averaged over learning rates and seeds: for the README."""
-
-    def mean(suite: SuiteResults, method: str, domains: Sequence[str]) -> str:
-        by_rate = [suite.of(method, USUAL, lr) for lr in suite.rates]
-        return f"{fmean(fmean(result.mean(domains) for result in run) for run in by_rate):.1f}" if all(by_rate) else ""
-
+    """Five methods, averaged over learning rates and seeds, and in brackets tuned: for the README."""
+    methods = (PLAIN, WISE_FT, FTP, TPGM, TPGM_SWEEP)
     kinds = [(suite, heading, domains) for suite in suites for heading, domains in suite.both]
-    head = ["accuracy, %", *(f"{suite.name}: {heading}" for suite, heading, _ in kinds)]
-    return markdown(
-        head, ([m, *(mean(suite, m, domains) for suite, _, domains in kinds)] for m in (PLAIN, WISE_FT, TPGM))
-    )
+
+    def mean(runs: Sequence[Sequence[Result]], domains: Sequence[str]) -> str:
+        return f"{fmean(fmean(result.mean(domains) for result in run) for run in runs):.1f}" if all(runs) else ""
+
+    columns = []
+    for suite, _, domains in kinds:
+        best = at_common_seeds([tuned(suite, method) for method in methods]) or [[] for _ in methods]
+        over_rates = [mean([suite.of(method, USUAL, lr) for lr in suite.rates], domains) for method in methods]
+        both = zip(over_rates, best, strict=True)
+        columns.append([f"{each} ({mean([run], domains)})" if run else each for each, run in both])
+    head = ["accuracy, % (at its best rate and setting)", *(f"{suite.name}: {heading}" for suite, heading, _ in kinds)]
+    return markdown(head, zip(methods, *columns, strict=True))
 
 
 def put(text: str, name: str, table: str) -> str:
