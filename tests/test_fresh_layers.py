@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import init
 from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import Self
 
 from lightning_tpgm import (
     FreezeBatchNorm,
@@ -485,14 +486,46 @@ def test_statistics_that_move_are_told(others: Any, caplog: pytest.LogCaptureFix
     assert all("FreezeBatchNorm()" in text for text in told)
 
 
-def test_statistics_that_the_module_freezes_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
-    class Careful(Digits):
-        def on_train_start(self) -> None:
-            self.features.eval()
+class Careful(Digits):
+    """Freezes its statistics at one of several places, or does something else there."""
 
+    def __init__(self, place: str, freezes: bool) -> None:
+        super().__init__()
+        self.place, self.freezes, self.seen = place, freezes, 0
+
+    def act(self, place: str) -> None:
+        if place == self.place:
+            self.features.train(not self.freezes)
+            self.seen += 1
+
+    def on_train_start(self) -> None:
+        self.act("start")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.act("batch")
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode:
+            self.act("train")
+        return self
+
+
+@pytest.mark.parametrize("place", ["start", "batch", "train"])
+@pytest.mark.parametrize("freezes", [True, False])
+def test_statistics_that_the_module_freezes_are_not_told(
+    freezes: bool, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Careful(place, freezes).train()
     with caplog.at_level(logging.INFO):
-        quiet_fit(TPGMCallback(), Careful())
-        quiet_fit(WiSEFTCallback(), Digits())  # it goes back with the statistics, too
+        quiet_fit(TPGMCallback(), module)
+    assert module.seen > 0
+    assert ("FreezeBatchNorm" in caplog.text) is not freezes
+
+
+def test_statistics_that_go_back_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        quiet_fit(WiSEFTCallback(), Digits())  # which takes them back, too
     assert "FreezeBatchNorm" not in caplog.text
 
 

@@ -611,7 +611,11 @@ def test_verdict_says_no_more_than_the_numbers() -> None:
     assert held.endswith("and kept 90 % of the distance.")  # no advice
     tight = verdict(allowed=[0.9, 0.4], bound=[0.8, 0.9], pinned=[0, 0])
     assert "b was held tightly: bound in 90 % of the steps, and kept 40 % of the distance." in tight
-    assert tight.endswith(" For more accuracy in distribution, lower the learning rate, or exclude it.")
+    assert tight.endswith(" For more accuracy in distribution, exclude it.")  # a lower rate may lose some
+    all_tight = verdict(allowed=[0.4, 0.4], bound=[0.9, 0.9], pinned=[0, 0])
+    assert all_tight.endswith(" Plain fine-tuning at this learning rate would tell what that costs in distribution.")
+    fixed = verdict(allowed=[0.4, 0.4], bound=[0.9, 0.9], pinned=[0, 0], is_fixed=True)
+    assert fixed.endswith(" For more accuracy in distribution, raise `radius_lr` or use 'auto'.")
     seldom = verdict(allowed=[0.4], bound=[0.29], pinned=[0])
     assert seldom == "a moved freely: bound in 29 % of the steps."  # and is not also held tightly
     assert "a was held tightly" in verdict(allowed=[0.4], bound=[0.3], pinned=[0])

@@ -231,6 +231,28 @@ def look(watch: Watch, step: int, **quantities: list[float]) -> list[str]:
     return list(watch.look(step, {"ratio": torch.full((2,), 0.5), **vectors}, lambda: torch.ones(2), 0.01, run=2000))
 
 
+@pytest.mark.parametrize(("run", "since"), [(1, 10), (60, 30), (5000, 100), (math.inf, 100)])
+def test_short_runs_are_judged_by_their_share(run: float, since: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that stays where it is, and radii that stay at their floor."""
+    monkeypatch.setattr(Watch, "PATIENCE", 100)
+    radii = {"radius": torch.full((2,), 1e-8), "binds": torch.ones(2, dtype=torch.bool)}
+    watch, said = Watch(), {}
+    for step in range(200):
+        found = watch.look(step, {"distance": torch.zeros(2), **radii}, lambda: torch.ones(2), 0.01, run)
+        said |= {text.split(" optimizer steps ")[1][:9]: step for text in found}
+    assert said == {"no constr": since, "all 2 rad": since}
+
+
+@pytest.mark.parametrize(("run", "since"), [(1, 10), (60, 30), (5000, 2500), (math.inf, None)])
+def test_a_bound_is_judged_by_its_share_of_the_run(run: float, since: int | None) -> None:
+    watch, said = Watch(), []
+    for step in range(5000):
+        radius = torch.full((2,), 1 + 0.01 * step)
+        quantities = {"radius": radius, "distance": radius, "binds": torch.ones(2, dtype=torch.bool)}
+        said += [step for _ in watch.look(step, quantities, lambda: torch.ones(2), 0.01, run)]
+    assert said == ([] if since is None else [since])
+
+
 @pytest.mark.parametrize(("slope", "alarm"), [(0.01, True), (0.0, False)])
 def test_constraints_that_bind_at_rest_are_no_trouble(slope: float, alarm: bool) -> None:
     """Where the held-out data hold a radius back, the method does what it is for."""

@@ -34,6 +34,7 @@ from lightning_tpgm.callbacks.surroundings import (
     check_strategy,
     no_state,
     steps_of,
+    tell_of_moving_statistics,
     warn_of_no_steps,
     warn_of_random_anchors,
 )
@@ -181,7 +182,9 @@ class MethodCallback(Asked, PlainCopies, Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs, at the trainer's cadence."""
+        """Logs, at the trainer's cadence; says after the first batch what spoils a fit."""
+        if trainer.fit_loop.total_batch_idx == 0:
+            tell_of_moving_statistics(trainer, pl_module, self)
         if not logs_are_due(trainer):
             return
         quantities = self._constraint.quantities()
@@ -274,15 +277,13 @@ class MethodCallback(Asked, PlainCopies, Callback):
         """Find the constrained parameters of this fit, their anchors, and what was learned before."""
         reshard(pl_module)
         self._constraint.steps.stop()
-        state, same = self._loaded, self._fitted() is pl_module
-        known = self._constraint.anchors.origin != "none"
-        fresh = trainer.fit_loop.total_batch_idx < 0
+        state, same, fresh = self._loaded, self._fitted() is pl_module, trainer.fit_loop.total_batch_idx < 0
         with configuration_errors():
             given = None if self.pretrained is None else read_pretrained(self.pretrained)
             candidates = constrainable(pl_module, self.exclude, buffers=self._constraint.method.constrains_buffers)
             if state is not None:
                 self._constraint.restore(pl_module, candidates, state, given, path_of(self.pretrained))
-            elif known and same and not fresh and trainer.ckpt_path is None:
+            elif same and not fresh and self._constraint.anchors.origin != "none" and trainer.ckpt_path is None:
                 self._constraint.go_on(pl_module, candidates, given)
             else:
                 if not fresh and trainer.ckpt_path is not None and given is None:

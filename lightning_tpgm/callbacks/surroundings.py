@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_tpgm.callbacks.framework import (
     MisconfigurationException,
     callbacks_of,
     classes,
-    is_overridden,
     pl,
     rank_zero_info,
     rank_zero_warn,
@@ -89,20 +87,13 @@ def warn_of_fresh_layers(pl_module: pl.LightningModule, callback: MethodCallback
         rank_zero_warn(fresh.text(type(callback).__name__, callback.exclude))
 
 
-_FREEZING = ("on_train_start", "on_train_epoch_start", "on_train_batch_start")  # where a module may do so itself
-
-
 def tell_of_moving_statistics(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: MethodCallback) -> None:
-    """Say that BatchNorm's statistics will be overwritten; no warning, since this may be meant.
+    """Say after the first batch that BatchNorm's statistics are overwritten; no warning, since this may be meant.
 
-    Nothing is said of modules that may freeze them themselves, in a hook or in ``train``.
+    By then a module that freezes them itself has done so.
     """
-    if (
-        callback._constraint.method.constrains_buffers
-        or any(isinstance(other, FreezeBatchNorm) for other in callbacks_of(trainer))
-        or any(is_overridden(hook, pl_module) for hook in _FREEZING)
-        or any(type(part).train is not nn.Module.train for part in pl_module.modules())
-    ):
+    kept = callback._constraint.method.constrains_buffers
+    if kept or any(isinstance(other, FreezeBatchNorm) for other in callbacks_of(trainer)):
         return
     moving = [name for name, part in pl_module.named_modules() if has_statistics(part) and part.training]
     if moving:
@@ -131,11 +122,8 @@ def check_something_to_do(trainer: pl.Trainer, pl_module: pl.LightningModule, ca
             f" {len(anchors.waiting)} remain after `exclude` = {list(callback.exclude)}, and none of them is trainable."
             " Exclude less, or unfreeze some (a `BaseFinetuning` callback may do so later)."
         )
-    begins = trainer.fit_loop.total_batch_idx < 0
-    if anchors.origin == "fresh" and begins:
+    if anchors.origin == "fresh" and trainer.fit_loop.total_batch_idx < 0:
         warn_of_fresh_layers(pl_module, callback)
-    if anchors.origin != "restored" and begins:
-        tell_of_moving_statistics(trainer, pl_module, callback)
 
 
 def warn_of_no_steps(title: str) -> None:

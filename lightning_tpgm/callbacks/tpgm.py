@@ -27,7 +27,7 @@ from lightning_tpgm.callbacks.source import check_source
 from lightning_tpgm.methods import TPGM
 from lightning_tpgm.methods.method import check, is_flag
 from lightning_tpgm.methods.radii import RadiusLr
-from lightning_tpgm.methods.tpgm import CADENCE, When
+from lightning_tpgm.methods.tpgm import CADENCE, UPDATES, When
 from lightning_tpgm.norms import Norm
 
 
@@ -48,7 +48,7 @@ class TPGMCallback(WithRadii, MethodCallback):
             0.01 with ``every_n_steps=1``.
         norm: ``"mars"`` (maximum absolute row sum) or ``"l2"`` (Frobenius norm of the tensor). In mars each row has its
             distance, and all rows of a tensor share the radius.
-        radius_steps: Radius updates each time they are due.
+        radius_steps: Radius updates each time they are due. None: 1, and 200 with ``when="fit_end"``.
         every_n_steps: The radii are updated on every n-th optimizer step, the first included. Weights are projected
             after every one. An update costs about as much as a step of its own. Several optimizers are counted one by
             one, and each step acts on that optimizer's tensors.
@@ -58,7 +58,7 @@ class TPGMCallback(WithRadii, MethodCallback):
             for detectors, auxiliary heads and others whose ``training_step`` needs train mode. Everything is put back.
         when: ``"training"``: after every optimizer step. ``"fit_end"``: the fit is plain fine-tuning. At its end the
             radii are learned in ``radius_steps`` updates at once, and the weights projected. The authors' recipe for
-            CLIP on ImageNet is ``norm="l2", radius_steps=200``. Checkpoints that were written during the fit hold the
+            CLIP on ImageNet is ``norm="l2"`` with 200 of them. Checkpoints that were written during the fit hold the
             fine-tuned weights. ``trainer.save_checkpoint`` after it saves the projected ones, and
             `lightning_tpgm.project_checkpoint` projects one that exists.
         shared: The arguments of all callbacks, by keyword. The logs also have ``tpgm/heldout_loss``.
@@ -92,7 +92,7 @@ class TPGMCallback(WithRadii, MethodCallback):
         *,
         radius_lr: RadiusLr = "auto",
         norm: Norm = "mars",
-        radius_steps: int = 1,
+        radius_steps: int | None = None,
         every_n_steps: int = CADENCE,
         loss: Loss = None,
         eval_mode: bool = True,
@@ -105,7 +105,8 @@ class TPGMCallback(WithRadii, MethodCallback):
             check(is_flag(eval_mode), "eval_mode", "True or False", eval_mode)
         self.dataloader, self.loss, self.eval_mode = dataloader, loss, eval_mode
         self.radius_lr, self.norm = radius_lr, norm
-        self.radius_steps, self.every_n_steps, self.when = radius_steps, every_n_steps, when
+        self.radius_steps = UPDATES.get(when) if radius_steps is None else radius_steps
+        self.every_n_steps, self.when = every_n_steps, when
         super().__init__(**shared)
 
     @override

@@ -18,6 +18,7 @@ from lightning_tpgm.norms import NORMS, Norm
 
 When = Literal["training", "fit_end"]
 CADENCE = 4  # the default of `every_n_steps`
+UPDATES: dict[When, int] = {"training": 1, "fit_end": 200}  # the default of `radius_steps`
 
 
 class TPGM(Method):
@@ -32,7 +33,7 @@ class TPGM(Method):
         radius_lr: Adam learning rate of the radii. The authors used 0.01 with ``every_n_steps=1``. ``"auto"``: each
             radius keeps pace with its tensor, see `lightning_tpgm.methods.radii.Radii`.
         norm: ``"mars"`` (maximum absolute row sum) or ``"l2"`` (Frobenius norm of the tensor), see `TPGMCallback`.
-        radius_steps: Radius updates each time they are due.
+        radius_steps: Radius updates each time they are due. None: 1, and 200 with ``when="fit_end"``.
         every_n_steps: Radii are updated on every n-th step of each optimizer, the first included. Weights: on all.
         when: ``"training"``, or ``"fit_end"``: nothing after steps, and all ``radius_steps`` updates in `finish`.
 
@@ -55,15 +56,16 @@ class TPGM(Method):
         self,
         radius_lr: RadiusLr = "auto",
         norm: Norm = "mars",
-        radius_steps: int = 1,
+        radius_steps: int | None = None,
         every_n_steps: int = CADENCE,
         when: When = "training",
     ) -> None:
         self.radii = Radii(radius_lr)
         check(norm in NORMS, "norm", f"one of {', '.join(map(repr, NORMS))}", norm)
+        check(when in get_args(When), "when", "'training' or 'fit_end'", when)
+        radius_steps = UPDATES[when] if radius_steps is None else radius_steps
         check(is_count(radius_steps), "radius_steps", "a positive integer", radius_steps)
         check(is_count(every_n_steps), "every_n_steps", "a positive integer", every_n_steps)
-        check(when in get_args(When), "when", "'training' or 'fit_end'", when)
         if when == "fit_end" and every_n_steps != CADENCE:
             raise ValueError(
                 f"`every_n_steps` = {every_n_steps} has no effect with `when` = 'fit_end': no optimizer"

@@ -67,18 +67,24 @@ def _of_steps(labels: Sequence[str], shown: Mapping[str, Tensor], steps: int, is
         share = _percent(shown["pinned"], pinned)
         sentences.append(f"{_was(labels, pinned)} pinned: held almost at the pretrained value in {share} of the steps")
     if (pinned | tight).any():
-        sentences.append(_advice(pinned | tight, steps, is_fixed))
+        sentences.append(_advice(pinned, tight, steps, is_fixed))
     if bool((bound[acted] < PLAIN).all()):
         sentences.append("So this was nearly plain fine-tuning")
     return ". ".join(sentences) + "."
 
 
-def _advice(held: Tensor, steps: int, is_fixed: bool) -> str:
+def _advice(pinned: Tensor, tight: Tensor, steps: int, is_fixed: bool) -> str:
     if steps < FEW:
         return f"After {steps} step{'s' * (steps != 1)} this says little yet"
-    ways = ["raise `radius_lr` or use 'auto'"] if is_fixed else ["lower the learning rate"]
+    held, ways = pinned | tight, []
+    if is_fixed:
+        ways.append("raise `radius_lr` or use 'auto'")
+    elif pinned.any():
+        ways.append("lower the learning rate")
     if not bool(held.all()):
         ways.append(f"exclude {'it' if _is_one(held) else 'them'}")
+    if not ways:
+        return "Plain fine-tuning at this learning rate would tell what that costs in distribution"
     return f"For more accuracy in distribution, {', or '.join(ways)}"
 
 

@@ -13,8 +13,9 @@ from lightning_tpgm.projection import MIN_RADIUS
 class Watch:
     """Follows the quantities of `lightning_tpgm.observing.reporting` and says each trouble once."""
 
-    PATIENCE = 100  # steps until something should have moved
-    SHARE = 0.5  # of a run: for so long every constraint may bind while the radii grow as fast as they can
+    PATIENCE = 100  # steps until something should have moved, in a long run
+    SHARE = 0.5  # of a run: for so long every constraint may bind, and in a short one nothing move
+    LEAST = 10  # steps of which something can be said
     RESOLUTION = 1e-6  # of an anchor's size: a smaller movement is none
 
     def __init__(self) -> None:
@@ -42,7 +43,9 @@ class Watch:
     def _troubles(
         self, step: int, quantities: Mapping[str, Tensor], sizes: Callable[[], Tensor], growth: float, run: float
     ) -> Iterator[tuple[str, str]]:
-        if step >= self.PATIENCE and "moved" not in self._said:
+        share = max(self.SHARE * run, self.LEAST)
+        patience = min(self.PATIENCE, share)
+        if step >= patience and "moved" not in self._said:
             self._said.add("moved")  # one look is enough
             reach = quantities["distance"] / quantities.get("ratio", torch.ones(())).clamp(min=1e-30)
             size = sizes()
@@ -62,7 +65,7 @@ class Watch:
             self._at_floor_since = None
         elif self._at_floor_since is None:
             self._at_floor_since = step
-        elif step - self._at_floor_since >= self.PATIENCE:
+        elif step - self._at_floor_since >= patience:
             yield (
                 "floor",
                 f"For {step - self._at_floor_since} optimizer steps all {len(radius)} radii have been at their floor of"
@@ -74,7 +77,7 @@ class Watch:
             self._at_bound_since = None
         elif self._at_bound_since is None:
             self._at_bound_since = step, radius.clone()
-        elif step - self._at_bound_since[0] >= max(self.SHARE * run, self.PATIENCE):
+        elif step - self._at_bound_since[0] >= share:
             since, radius_then = self._at_bound_since
             grown = float((radius - radius_then).median()) if radius.shape == radius_then.shape else 0.0
             if grown > growth * (step - since) / 2:
