@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from lightning_tpgm.callbacks.framework import classes, pl, same_package
 from lightning_tpgm.callbacks.post_hoc import project_checkpoint
 from lightning_tpgm.methods.radii import RadiusLr
-from lightning_tpgm.methods.tpgm import UPDATES
 from lightning_tpgm.norms import Norm
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def project(
     output: str,
     norm: Norm = "l2",
     radius_lr: RadiusLr = "auto",
-    radius_steps: int = UPDATES["fit_end"],
+    radius_steps: int = 200,
     exclude: list[str] | str | None = None,
     loss: str | None = None,
     eval_mode: bool = True,

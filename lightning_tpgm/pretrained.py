@@ -19,9 +19,12 @@ Pretrained = nn.Module | str | os.PathLike[str] | Mapping[str, Tensor]
 
 
 def path_of(pretrained: Pretrained | None) -> Path | None:
-    """The file that the pretrained weights are in, if they are in one; absolute, and a link if it is one."""
-    # not resolve(): what a link in a Hugging Face cache leads to has no suffix, by which `read_file` goes
-    return Path(pretrained).absolute() if isinstance(pretrained, str | os.PathLike) else None
+    """The file that the pretrained weights are in, if they are in one; absolute, and mostly what a link leads to."""
+    if not isinstance(pretrained, str | os.PathLike):
+        return None
+    path = Path(pretrained).absolute()
+    file = path.resolve()  # links in a Hugging Face cache lead to files without the suffix that `read_file` goes by
+    return file if file.suffix == path.suffix else path
 
 
 def read_pretrained(pretrained: Pretrained) -> dict[str, Tensor]:

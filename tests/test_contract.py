@@ -403,6 +403,7 @@ BAD_ARGUMENTS = [
             (TPGMCallback, "every_n_steps", 1.5, "a positive integer", "1.5"),
             (TPGMCallback, "loss", "test_step", "None, 'validation_step' or a callable .*", "'test_step'"),
             (TPGMCallback, "when", "now", "'training' or 'fit_end'", "'now'"),
+            (TPGMCallback, "when", ["fit_end"], "'training' or 'fit_end'", r"\['fit_end'\]"),
             (TPGMCallback, "dataloader", 3, "a loader, .*", "3"),
             (TPGMCallback, "dataloader", "held out", "an import path .*", "'held out'"),
             (FTPCallback, "k", 1.5, r"a number in \[0, 1\]", "1.5"),

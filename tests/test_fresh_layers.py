@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.nn import init
 from torch.utils.data import DataLoader, TensorDataset
@@ -513,7 +514,7 @@ class Careful(Digits):
 
 @pytest.mark.parametrize("place", ["start", "batch", "train"])
 @pytest.mark.parametrize("freezes", [True, False])
-def test_statistics_that_the_module_freezes_are_not_told(
+def test_statistics_are_told_unless_the_module_freezes_them(
     freezes: bool, place: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     module = Careful(place, freezes).train()
@@ -521,6 +522,19 @@ def test_statistics_that_the_module_freezes_are_not_told(
         quiet_fit(TPGMCallback(), module)
     assert module.seen > 0
     assert ("FreezeBatchNorm" in caplog.text) is not freezes
+
+
+class Stop(Callback):
+    """Freezes the statistics as Lightning's finetuning callbacks do, which leave the layers in train mode."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Digits) -> None:
+        BaseFinetuning.freeze(pl_module.features, train_bn=False)
+
+
+def test_statistics_that_a_callback_freezes_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        quiet_fit(TPGMCallback(), Digits(), Stop())
+    assert "FreezeBatchNorm" not in caplog.text
 
 
 def test_statistics_that_go_back_are_not_told(caplog: pytest.LogCaptureFixture) -> None:

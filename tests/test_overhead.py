@@ -106,7 +106,7 @@ def test_a_transcription_that_was_not_timed_has_an_empty_cell(report: ModuleType
         assert without.split(" | ")[column] == ""
 
 
-def test_tpgm_at_the_end_needs_no_memory_while_training(report: ModuleType) -> None:
+def test_results_of_tpgm_at_the_end_show_no_memory_while_training(report: ModuleType) -> None:
     large = report.read_large(report.RESULTS / "large.csv")
     plain = {row["parameters"]: row["during_bytes"] for row in large["plain"]}
     beyond = {row["parameters"]: row["during_bytes"] - plain[row["parameters"]] for row in large[report.AT_END]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_tpgm import TPGMCallback, project_checkpoint
 from lightning_tpgm.__main__ import main
+from lightning_tpgm.methods import TPGM
 from properties import assert_inside_ball, assert_same
 from reference import ReferenceTPGM
 from test_exact_method import Tensors, fit, loss_of
@@ -113,6 +115,14 @@ def test_fit_end_with_an_early_stop_and_not_after_an_exception() -> None:
     with pytest.raises(ArithmeticError):
         quiet_trainer(Act(ArithmeticError)).fit(plain, train_loader(), val_loader())
     assert_same(state(module), state(plain))
+
+
+def test_updates_by_default() -> None:
+    """One each time while training. At the end all at once, as many as between two checkpoints."""
+    between = inspect.signature(project_checkpoint).parameters["radius_steps"].default
+    assert TPGMCallback(when="fit_end").radius_steps == TPGM(when="fit_end").radius_steps == between == 200
+    assert TPGMCallback().radius_steps == TPGM().radius_steps == 1
+    assert TPGMCallback(when="fit_end", radius_steps=3).make_method().radius_steps == 3
 
 
 # --- between two checkpoints ---

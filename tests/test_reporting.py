@@ -614,6 +614,8 @@ def test_verdict_says_no_more_than_the_numbers() -> None:
     assert tight.endswith(" For more accuracy in distribution, exclude it.")  # a lower rate may lose some
     all_tight = verdict(allowed=[0.4, 0.4], bound=[0.9, 0.9], pinned=[0, 0])
     assert all_tight.endswith(" Plain fine-tuning at this learning rate would tell what that costs in distribution.")
+    resting = verdict(allowed=[0.4, 0.0], bound=[0.9, 0.0], pinned=[0, 0], wanted=[1.0, 0.0])
+    assert resting.endswith(" Plain fine-tuning at this learning rate would tell what that costs in distribution.")
     fixed = verdict(allowed=[0.4, 0.4], bound=[0.9, 0.9], pinned=[0, 0], is_fixed=True)
     assert fixed.endswith(" For more accuracy in distribution, raise `radius_lr` or use 'auto'.")
     seldom = verdict(allowed=[0.4], bound=[0.29], pinned=[0])

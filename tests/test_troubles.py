@@ -27,6 +27,8 @@ from lightning_tpgm.initialisation import never_trained
 from lightning_tpgm.observing.watch import Watch
 from toys import Toy, images, quiet_trainer, sgd, toy, train_loader, val_loader
 
+PATIENCE = Watch.PATIENCE
+
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +236,7 @@ def look(watch: Watch, step: int, **quantities: list[float]) -> list[str]:
 @pytest.mark.parametrize(("run", "since"), [(1, 10), (60, 30), (5000, 100), (math.inf, 100)])
 def test_short_runs_are_judged_by_their_share(run: float, since: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network that stays where it is, and radii that stay at their floor."""
-    monkeypatch.setattr(Watch, "PATIENCE", 100)
+    monkeypatch.setattr(Watch, "PATIENCE", PATIENCE)
     radii = {"radius": torch.full((2,), 1e-8), "binds": torch.ones(2, dtype=torch.bool)}
     watch, said = Watch(), {}
     for step in range(200):

@@ -29,7 +29,6 @@ from lightning_tpgm.callbacks.shared import configuration_errors
 from lightning_tpgm.callbacks.tpgm import TPGMCallback
 from lightning_tpgm.methods.method import check
 from lightning_tpgm.methods.radii import RadiusLr
-from lightning_tpgm.methods.tpgm import UPDATES
 from lightning_tpgm.norms import Norm
 from lightning_tpgm.pretrained import Pretrained, match_names, path_of, read_file, read_pretrained, state_dict_in
 from lightning_tpgm.selection import clean_name
@@ -48,7 +47,7 @@ def project_checkpoint(
     *,
     norm: Norm = "l2",
     radius_lr: RadiusLr = "auto",
-    radius_steps: int = UPDATES["fit_end"],
+    radius_steps: int = 200,
     exclude: Sequence[str] = (),
     loss: Loss = None,
     eval_mode: bool = True,

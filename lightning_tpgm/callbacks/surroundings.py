@@ -88,14 +88,15 @@ def warn_of_fresh_layers(pl_module: pl.LightningModule, callback: MethodCallback
 
 
 def tell_of_moving_statistics(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: MethodCallback) -> None:
-    """Say after the first batch that BatchNorm's statistics are overwritten; no warning, since this may be meant.
+    """Say after the first batch that BatchNorm's statistics move; no warning, since this may be meant.
 
-    By then a module that freezes them itself has done so.
+    By then a module or a callback that freezes them has done so.
     """
     kept = callback._constraint.method.constrains_buffers
     if kept or any(isinstance(other, FreezeBatchNorm) for other in callbacks_of(trainer)):
         return
-    moving = [name for name, part in pl_module.named_modules() if has_statistics(part) and part.training]
+    layers = ((name, part) for name, part in pl_module.named_modules() if has_statistics(part))
+    moving = [name for name, part in layers if part.training and part.track_running_stats]
     if moving:
         rank_zero_info(
             f"{type(callback).__name__}: the running statistics of {len(moving)} BatchNorm layers move with the new"

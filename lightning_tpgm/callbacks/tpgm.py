@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -103,9 +103,10 @@ class TPGMCallback(WithRadii, MethodCallback):
             check_source(dataloader)
             check_loss(loss)
             check(is_flag(eval_mode), "eval_mode", "True or False", eval_mode)
+            check(when in get_args(When), "when", "'training' or 'fit_end'", when)
         self.dataloader, self.loss, self.eval_mode = dataloader, loss, eval_mode
         self.radius_lr, self.norm = radius_lr, norm
-        self.radius_steps = UPDATES.get(when) if radius_steps is None else radius_steps
+        self.radius_steps = UPDATES[when] if radius_steps is None else radius_steps
         self.every_n_steps, self.when = every_n_steps, when
         super().__init__(**shared)
 

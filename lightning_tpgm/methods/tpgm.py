@@ -114,7 +114,7 @@ class TPGM(Method):
                     tensors.project(weights, rows, radii.bounds)
                     slope, known = self._slope(radii, tensors, weights, rows)
                     learning = known & moved & (radii.value < torch.inf)  # False where there is no radius yet
-                    if self.acts_at_end and radii.keeps_pace:  # in all as far as the tensor has come
+                    if self.acts_at_end and radii.keeps_pace:  # in 200 about as far as the tensor has come
                         radii.adam(slope, learning, lr=largest / self.radius_steps)
                     else:
                         radii.learn(slope, learning, self.every_n_steps / self.radius_steps)

@@ -67,16 +67,16 @@ def _of_steps(labels: Sequence[str], shown: Mapping[str, Tensor], steps: int, is
         share = _percent(shown["pinned"], pinned)
         sentences.append(f"{_was(labels, pinned)} pinned: held almost at the pretrained value in {share} of the steps")
     if (pinned | tight).any():
-        sentences.append(_advice(pinned, tight, steps, is_fixed))
+        sentences.append(_advice(pinned, (pinned | tight)[acted], steps, is_fixed))
     if bool((bound[acted] < PLAIN).all()):
         sentences.append("So this was nearly plain fine-tuning")
     return ". ".join(sentences) + "."
 
 
-def _advice(pinned: Tensor, tight: Tensor, steps: int, is_fixed: bool) -> str:
+def _advice(pinned: Tensor, held: Tensor, steps: int, is_fixed: bool) -> str:
     if steps < FEW:
         return f"After {steps} step{'s' * (steps != 1)} this says little yet"
-    held, ways = pinned | tight, []
+    ways = []
     if is_fixed:
         ways.append("raise `radius_lr` or use 'auto'")
     elif pinned.any():
