@@ -177,7 +177,7 @@ class BusyToy(Toy):
         return loss
 
 
-@pytest.mark.filterwarnings("ignore:.*no constrained tensor has moved:UserWarning")  # it trains at a tiny rate
+@pytest.mark.filterwarnings("ignore:.*no constrained tensor has moved:UserWarning")  # what is constrained is unused
 @pytest.mark.parametrize("log", ["none", "summary", "all"])
 def test_no_trace(method: Method, log: str, tmp_path: Path) -> None:
     """With nothing but an unused parameter to constrain, the run is the one without the callback, to the bit.
