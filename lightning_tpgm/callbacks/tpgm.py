@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -27,7 +27,7 @@ from lightning_tpgm.callbacks.source import check_source
 from lightning_tpgm.methods import TPGM
 from lightning_tpgm.methods.method import check, is_flag
 from lightning_tpgm.methods.radii import RadiusLr
-from lightning_tpgm.methods.tpgm import CADENCE, UPDATES, When
+from lightning_tpgm.methods.tpgm import CADENCE, When
 from lightning_tpgm.norms import Norm
 
 
@@ -103,12 +103,11 @@ class TPGMCallback(WithRadii, MethodCallback):
             check_source(dataloader)
             check_loss(loss)
             check(is_flag(eval_mode), "eval_mode", "True or False", eval_mode)
-            check(when in get_args(When), "when", "'training' or 'fit_end'", when)
         self.dataloader, self.loss, self.eval_mode = dataloader, loss, eval_mode
         self.radius_lr, self.norm = radius_lr, norm
-        self.radius_steps = UPDATES[when] if radius_steps is None else radius_steps
-        self.every_n_steps, self.when = every_n_steps, when
+        self.radius_steps, self.every_n_steps, self.when = radius_steps, every_n_steps, when
         super().__init__(**shared)
+        self.radius_steps = self._tpgm.radius_steps  # its default depends on `when`
 
     @override
     def make_method(self) -> TPGM:
