@@ -102,7 +102,7 @@ class Attached(Shown):
         """Go on with the same model after `release`."""
         if self._file is not None and pretrained is not None:  # the model may have got new parameters
             self._file.read(self._path, pretrained)
-            self._file = AnchorFile.of(Path(self._file.path), pretrained, candidates)
+            self._file = AnchorFile.of(Path(self._file.path), pretrained, candidates, self._file)
         self._put_aside()
         self.anchors.go_on(candidates, pretrained, self._report)
         self._attach(model, candidates)

@@ -32,15 +32,25 @@ class AnchorFile:
     sources: Mapping[str, str]
 
     @classmethod
-    def of(cls, path: Path, pretrained: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> AnchorFile:
+    def of(
+        cls,
+        path: Path,
+        pretrained: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        verified: AnchorFile | None = None,
+    ) -> AnchorFile:
         """Of a file that was read.
 
         Args:
             path: Of the file, absolute.
             pretrained: What `read_pretrained` found in it.
             parameters: Those that may be constrained, by name.
+            verified: The same file, if `read` has just compared it. Its tensors are hashed again only if the
+                parameters need others.
         """
         sources = match_names(pretrained, parameters, lambda text: None) if parameters else {}
+        if verified is not None and verified.sources == sources:
+            return verified
         return cls(str(path), fingerprint(pretrained, sources), sources)
 
     def read(self, path: Path | None = None, given: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:

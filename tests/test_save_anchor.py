@@ -610,6 +610,29 @@ def test_a_file_that_changes_between_two_fits_is_an_error(make: Any, tmp_path: P
         trainer.fit(module)
 
 
+@pytest.mark.parametrize(("grows", "expected"), [(False, 1), (True, 2)])
+def test_a_second_fit_hashes_the_file_again_only_for_more_parameters(
+    grows: bool, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To compare it takes one pass over the file, which is minutes for one of 140 GB."""
+    file, module = pretrained_file(tmp_path), resumable(0)
+    bias = module.head.bias
+    if grows:
+        module.head.bias = None
+    callback = FTPCallback(pretrained=file, save_anchor=False)
+    trainer = quiet_trainer(callback, max_epochs=1)
+    trainer.fit(module)
+    module.head.bias, hashed = bias, []
+    monkeypatch.setattr(references, "fingerprint", lambda *of: hashed.append(of) or fingerprint(*of))
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module)
+    assert len(hashed) == expected
+    monkeypatch.undo()
+    state = callback.state_dict()
+    assert "head.bias" in state["file"]["sources"]
+    assert state["file"]["fingerprint"] == fingerprint(read_pretrained(file), state["file"]["sources"])
+
+
 def test_a_state_of_waiting_layers_alone_names_the_file(tmp_path: Path) -> None:
     """They thaw around what is in it."""
     file, module = pretrained_file(tmp_path), resumable(0).requires_grad_(False)
