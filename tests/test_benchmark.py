@@ -25,6 +25,7 @@ from lightning_tpgm.methods.radii import Radii
 from methods import (
     AFTER,
     CADENCES,
+    IN_TURN_OR_HALF,
     METHODS,
     OTHER_DATA,
     OTHER_LOSSES,
@@ -325,7 +326,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Suite:
         return every
 
     conditions = {name: {**digits.conditions[name], "rates": (3e-3,)} for name in ("cosine", "one-cycle", "SGD")}
-    conditions["20 held out"] = {"held_out": 20, "rates": (3e-3,), "methods": (PLAIN, TPGM)}
+    conditions["25 held out"] = {"held_out": 20, "rates": (3e-3,), "methods": (PLAIN, TPGM)}
     suite = replace(digits, data=data, rates=(1e-3, 3e-3), conditions=conditions)
     monkeypatch.setattr(benchmark, "load_suite", lambda name: suite)
     monkeypatch.setattr(cache, "FOLDER", tmp_path / "cache")
@@ -344,6 +345,7 @@ def test_every_method_runs_and_nothing_runs_twice(small: Suite, tmp_path: Path) 
     of_questions = [2 * len(METHODS), 3 * len(METHODS) + 2, 2 * 4, 2 * grid, len(CADENCES), 2 * len(TRIED)]
     alone = len(OTHER_LOSSES) + 2 * len(OTHER_DATA)  # question 7 shares one of two rates with question 6
     alone += 2 * (len(TRIED_LATER) - 1)  # question 9 shares one of its five with question 6
+    alone += 2 + 2 * len(IN_TURN_OR_HALF)
     assert carried_out == len(set(runs)) == sum(of_questions) + alone
     benchmark.benchmark(small, tmp_path, pool, runs, epochs=1)
     assert pool.count == carried_out
@@ -378,7 +380,7 @@ def test_what_comes_of_a_fit(small: Suite) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "condition"), [("FTP", "cosine"), ("FTP", "one-cycle"), ("FTP", "SGD"), (TPGM, "20 held out")]
+    ("method", "condition"), [("FTP", "cosine"), ("FTP", "one-cycle"), ("FTP", "SGD"), (TPGM, "25 held out")]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_condition_changes_the_fit(small: Suite, method: str, condition: str) -> None:
@@ -403,7 +405,8 @@ def test_a_condition_sets_batches_and_precision(small: Suite, name: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("method", "settings"), [*TRIED, *TRIED_LATER[:3], TRIED_LATER[-1], *((TPGM, s) for s in OTHER_DATA)]
+    ("method", "settings"),
+    [*TRIED, *TRIED_LATER[:3], TRIED_LATER[-1], *((TPGM, s) for s in (IN_TURN_OR_HALF[0], *OTHER_DATA))],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_an_idea_changes_its_method(small: Suite, method: str, settings: dict[str, Any]) -> None:

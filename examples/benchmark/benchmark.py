@@ -41,6 +41,7 @@ from methods import (
     AFTER,
     CADENCES,
     FIXED_RATES,
+    IN_TURN_OR_HALF,
     METHODS,
     OTHER_DATA,
     OTHER_LOSSES,
@@ -52,10 +53,10 @@ from methods import (
     WISE_FT,
 )
 from results import FOLDER, Result, Run, append, read
-from suite import COSINE, SUITES, USUAL, Suite, load_suite
+from suite import COSINE, FEW, SUITES, USUAL, Suite, load_suite
 
 RULE = "one_standard_error"
-QUESTIONS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
+QUESTIONS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
 QUIET = {
     "accelerator": "cpu",
     "logger": False,
@@ -258,6 +259,13 @@ def plan(suite: Suite, seeds: Sequence[int], questions: Sequence[int] = QUESTION
                 yield Run(TPGM, USUAL, lr, tuple(settings.items()), seed)
     if 9 in questions:  # would one of the other ideas be better?
         yield from ideas(suite, seeds[:5], TRIED_LATER)
+    for seed in seeds[:5] if 10 in questions else ():  # do training data help in turn, and where few are held out?
+        for lr in suite.rates:
+            yield Run(TPGM, USUAL, lr, tuple(IN_TURN_OR_HALF[0].items()), seed)
+        for condition in suite.conditions.keys() & {COSINE, *FEW}:
+            for lr in suite.conditions[condition]["rates"]:  # type: ignore[attr-defined]
+                for settings in IN_TURN_OR_HALF:
+                    yield Run(TPGM, condition, lr, tuple(settings.items()), seed)
 
 
 def ideas(suite: Suite, seeds: Sequence[int], tried: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Run]:

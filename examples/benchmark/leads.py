@@ -1,21 +1,23 @@
-"""Ideas for TPGM that are not in the package, to be tried: other radii, another start, other held-out losses.
+"""Ideas for TPGM that are not in the package, to be tried: other radii, another start, other data, other losses.
 
 `benchmark.py` runs them where protocol.md says so, as ``settings`` of a method with the name ``lead``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_tpgm import TPGMCallback
+from lightning_tpgm.callbacks.heldout import HeldOutBatch, HeldOutBatches
+from lightning_tpgm.callbacks.heldout_gradient import HeldOutGradient
 from lightning_tpgm.methods.radii import Radii
 
 
@@ -122,7 +124,8 @@ LOSSES = {"at the best temperature": at_best_temperature, "missing probability":
 
 IDEAS = (*LEADS, *LOSSES)
 """All that TPGM is tried with while training."""
-MIXES = {"half training data": 0.5, "training data alone": 1.0}
+HALF, IN_TURN = "half training data", "training batches in turn"
+MIXES = {HALF: 0.5, "training data alone": 1.0}
 """Which share of the examples that radii are learned from is drawn from the training data."""
 
 
@@ -145,10 +148,42 @@ class Lead(TPGMCallback):
         return method
 
 
+class InTurn(TPGMCallback):
+    """Every second radius update learns from the batch that was just trained on."""
+
+    def make_method(self) -> Any:
+        """The method, with another gradient."""
+        method = super().make_method()
+        method.held_out = HeldOutInTurn(self.dataloader, self.loss, self.eval_mode)
+        return method
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Also keeps the batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._held_out.training = HeldOutBatch(batch, batch_idx, 0)
+
+
+class HeldOutInTurn(HeldOutGradient):
+    """On every second call the batch is the one that was just trained on."""
+
+    training: HeldOutBatch
+    calls = 0
+
+    def __call__(self, parameters: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The loss and its gradient."""
+        self.calls += 1
+        with ExitStack() as patches:
+            if self.calls % 2 == 0:
+                patches.enter_context(patch.object(HeldOutBatches, "draw", lambda batches: self.training))
+            return super().__call__(parameters)
+
+
 def lead_or_tpgm(lead: str | None = None, **options: Any) -> TPGMCallback:
     """TPGM, as it comes or with an idea. Those of `MIXES` and `ROTATING` are about its data."""
     if lead in LEADS | LATER:
         return Lead(lead, **options)
+    if lead == IN_TURN:
+        return InTurn(**options)
     return TPGMCallback(**options, **({"loss": LOSSES[lead]} if lead in LOSSES else {}))
 
 

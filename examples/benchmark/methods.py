@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from leads import FROM_SWEEP, IDEAS, LATER, LOSSES, MIXES, ONE_BY_ONE, ROTATING, lead_or_tpgm
+from leads import FROM_SWEEP, HALF, IDEAS, IN_TURN, LATER, LOSSES, MIXES, ONE_BY_ONE, ROTATING, lead_or_tpgm
 from lightning_tpgm import FTPCallback, L2SPCallback
 
 PLAIN, WISE_FT, EMA, L2_SP, FTP = "plain fine-tuning", "WiSE-FT", "EMA", "L2-SP", "FTP"
@@ -49,6 +49,8 @@ OTHER_LOSSES = tuple({"lead": loss} for loss in LOSSES)
 """Settings of TPGM: what its radii are learned from."""
 OTHER_DATA = tuple({"lead": mix} for mix in MIXES)
 """Settings of TPGM: whether its radii are learned from training data, too."""
+IN_TURN_OR_HALF = ({"lead": IN_TURN}, {"lead": HALF})
+"""The same where every second update is learned from these, and where half of the examples are."""
 TRIED = ((PLAIN, {"lead": FROM_SWEEP}), *((TPGM, {"lead": lead}) for lead in IDEAS))
 """Ideas that are not in the package."""
 TRIED_LATER = (

@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Sampler, Subset, TensorD
 
 SUITES = ("digits", "emoji", "sentiment")
 USUAL, COSINE = "usual", "cosine"  # conditions that tables ask for by name
+FEW = ("25 held out", "30 held out")
 
 
 class Data(LightningDataModule):

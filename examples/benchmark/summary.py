@@ -16,12 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import targets
-from leads import FROM_SWEEP, IDEAS, LATER, MIXES, ONE_BY_ONE, ROTATING
+from leads import FROM_SWEEP, IDEAS, IN_TURN, LATER, MIXES, ONE_BY_ONE, ROTATING
 from lightning_tpgm.observing.plotting import name_lines
 from losses import COMPARED
 from methods import AFTER, CADENCES, EMA, FIXED_RATES, FTP, L2_SP, METHODS, PLAIN, SHOWN, TPGM, TPGM_SWEEP, WISE_FT
 from results import FOLDER, Result, mean_and_error
-from suite import COSINE, USUAL
+from suite import COSINE, FEW, USUAL
 from suite_results import SuiteResults, at_common_seeds, differences, paired, present
 
 OVERVIEW = Path(__file__).parents[2] / "README.md"
@@ -245,7 +245,8 @@ def later_leads_table(suites: Sequence[SuiteResults]) -> str:
 
 def mixes_table(suites: Sequence[SuiteResults]) -> str:
     """Radii that are learned from training data, too."""
-    return settings_table(suites, [USUAL], {"TPGM": (TPGM, {}), **{mix: (TPGM, {"lead": mix}) for mix in MIXES}})
+    data = {lead: (TPGM, {"lead": lead}) for lead in (IN_TURN, *MIXES)}
+    return settings_table(suites, [USUAL, COSINE, *FEW], {"TPGM": (TPGM, {}), **data})
 
 
 def targets_table(suites: Sequence[SuiteResults]) -> str:
