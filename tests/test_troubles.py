@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -189,6 +190,37 @@ def test_training_data_as_held_out_data() -> None:
     module, dataset = trained(), loader.dataset
     with pytest.warns(UserWarning, match="24 of the 24"):  # by way of the validation data
         quiet_trainer(TPGMCallback()).fit(module, DataLoader(dataset, 4, shuffle=True), DataLoader(dataset, 4))
+
+
+def few(caplog: pytest.LogCaptureFixture, **options: Any) -> list[str]:
+    """What a fit says of few held-out data."""
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        trainer = quiet_trainer(TPGMCallback(**options), max_epochs=1)
+        module = trained()
+        trainer.fit(module, train_loader(), val_loader())
+    return [text for text in caplog.messages if "held-out examples are few" in text]
+
+
+def many(count: int, **options: Any) -> DataLoader[Any]:
+    return DataLoader(images(count, seed=1), 4, **options)
+
+
+def test_few_held_out_examples(caplog: pytest.LogCaptureFixture) -> None:
+    (text,) = few(caplog, dataloader=many(99))
+    assert text.startswith("99 held-out examples are few")
+    assert few(caplog, dataloader=many(100)) == []
+    (text,) = few(caplog, dataloader=DataLoader(Subset(DATA, range(5)), 4, shuffle=True), when="fit_end")
+    assert text.startswith("5 held-out examples are few")
+
+
+def test_what_is_not_known_to_be_few_raises_no_message(caplog: pytest.LogCaptureFixture) -> None:
+    """Streams, lists of batches, and what draws from training data, too: one such loader is enough."""
+    weighted = many(24, sampler=WeightedRandomSampler([1.0] * 24, 24))
+    for loader in (DataLoader(Stream(), 4), [*many(8)], weighted, CombinedLoader([many(24), weighted], "sequential")):
+        assert few(caplog, dataloader=loader) == []
+    assert len(few(caplog, dataloader=CombinedLoader([many(24), many(24)], "sequential"))) == 1
+    assert few(caplog, dataloader=CombinedLoader([many(60), many(60)], "sequential")) == []
 
 
 # --- the numbers

@@ -13,7 +13,7 @@ from lightning_tpgm.callbacks.framework import CombinedLoader, pl, validation_lo
 from lightning_tpgm.callbacks.generators import generators_put_back
 from lightning_tpgm.callbacks.heldout import HeldOutBatches, held_out_batches
 from lightning_tpgm.callbacks.isolation import Isolation
-from lightning_tpgm.callbacks.overlap import warn_of_shared_examples
+from lightning_tpgm.callbacks.overlap import look_at_examples
 from lightning_tpgm.callbacks.source import Source
 from lightning_tpgm.callbacks.step_errors import described
 from lightning_tpgm.sharding import mean_over_processes
@@ -80,7 +80,7 @@ class HeldOutGradient:
                 first, self._announced = not self._announced, True
                 self._batches = held_out_batches(trainer, pl_module, self._source, self._state, first)
                 if first and not self._splits_itself:
-                    warn_of_shared_examples(trainer, self._batches.loaders)
+                    look_at_examples(trainer, self._batches.loaders)
             return self._loss(trainer, pl_module, self._batches.draw(), parameters)
 
     def _follow_reloaded(self, trainer: pl.Trainer) -> None:
