@@ -326,7 +326,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Suite:
         return every
 
     conditions = {name: {**digits.conditions[name], "rates": (3e-3,)} for name in ("cosine", "one-cycle", "SGD")}
-    conditions["25 held out"] = {"held_out": 20, "rates": (3e-3,), "methods": (PLAIN, TPGM)}
+    conditions["25 held out"] = {"held_out": 25, "rates": (3e-3,), "methods": (PLAIN, TPGM)}
     suite = replace(digits, data=data, rates=(1e-3, 3e-3), conditions=conditions)
     monkeypatch.setattr(benchmark, "load_suite", lambda name: suite)
     monkeypatch.setattr(cache, "FOLDER", tmp_path / "cache")

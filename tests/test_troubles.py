@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     Subset,
     SubsetRandomSampler,
@@ -23,7 +25,7 @@ from torch.utils.data import (
 )
 
 from lightning_tpgm import FTPCallback, L2SPCallback, SPDCallback, TPGMCallback, WiSEFTCallback
-from lightning_tpgm.callbacks.overlap import shared_examples
+from lightning_tpgm.callbacks.overlap import look_at_examples, shared_examples
 from lightning_tpgm.initialisation import never_trained
 from lightning_tpgm.observing.watch import Watch
 from toys import Toy, images, quiet_trainer, sgd, toy, train_loader, val_loader
@@ -180,6 +182,13 @@ def test_shared_examples_by_samplers() -> None:
     assert shared_examples([first], [weighted]) == (0, 0)
     assert shared_examples([weighted], [first]) == (0, 16)
     assert shared_examples([first, [1, 2, 3]], [[1, 2, 3]]) == (0, 0)
+    assert shared_examples([first, first], [second, second, first]) == (16, 24)
+
+    class Own(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            return iter([])
+
+    assert shared_examples([first], [Own(DATA, 4)]) == (0, 0)
 
 
 def test_training_data_as_held_out_data() -> None:
@@ -199,7 +208,7 @@ def few(caplog: pytest.LogCaptureFixture, **options: Any) -> list[str]:
         trainer = quiet_trainer(TPGMCallback(**options), max_epochs=1)
         module = trained()
         trainer.fit(module, train_loader(), val_loader())
-    return [text for text in caplog.messages if "held-out examples are few" in text]
+    return [text for text in caplog.messages if "The held-out data have few examples" in text]
 
 
 def many(count: int, **options: Any) -> DataLoader[Any]:
@@ -208,19 +217,44 @@ def many(count: int, **options: Any) -> DataLoader[Any]:
 
 def test_few_held_out_examples(caplog: pytest.LogCaptureFixture) -> None:
     (text,) = few(caplog, dataloader=many(99))
-    assert text.startswith("99 held-out examples are few")
+    assert text.startswith("The held-out data have few examples, 99.")
     assert few(caplog, dataloader=many(100)) == []
     (text,) = few(caplog, dataloader=DataLoader(Subset(DATA, range(5)), 4, shuffle=True), when="fit_end")
-    assert text.startswith("5 held-out examples are few")
+    assert text.startswith("The held-out data have few examples, 5.")
+    (text,) = few(caplog, loss="validation_step")
+    assert text.startswith("The held-out data have few examples, 10.")
 
 
 def test_what_is_not_known_to_be_few_raises_no_message(caplog: pytest.LogCaptureFixture) -> None:
     """Streams, lists of batches, and what draws from training data, too: one such loader is enough."""
     weighted = many(24, sampler=WeightedRandomSampler([1.0] * 24, 24))
-    for loader in (DataLoader(Stream(), 4), [*many(8)], weighted, CombinedLoader([many(24), weighted], "sequential")):
+    of_batches = DataLoader([*many(8)], batch_size=None)
+    mixed = CombinedLoader([many(24), weighted], "sequential")
+    for loader in (DataLoader(Stream(), 4), [*many(8)], of_batches, weighted, mixed):
         assert few(caplog, dataloader=loader) == []
     assert len(few(caplog, dataloader=CombinedLoader([many(24), many(24)], "sequential"))) == 1
     assert few(caplog, dataloader=CombinedLoader([many(60), many(60)], "sequential")) == []
+    same = many(60)
+    assert len(few(caplog, dataloader=CombinedLoader([same, same], "sequential"))) == 1
+
+
+def test_few_examples_that_are_trained_on_are_not_for_more_of_these(caplog: pytest.LogCaptureFixture) -> None:
+    """The one message would ask for what the other warns of."""
+    loader = train_loader()
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="24 of the 24 held-out examples"):
+        quiet_trainer(TPGMCallback(loader), max_epochs=1).fit(trained(), loader, val_loader())
+    assert not any("few examples" in text for text in caplog.messages)
+
+
+def test_few_examples_of_one_process_of_several_may_be_many(caplog: pytest.LogCaptureFixture) -> None:
+    """Unless they are split by torch's sampler, which knows all of them."""
+    trainer: Any = SimpleNamespace(train_dataloader=None, world_size=2)
+    split = DataLoader(DATA, 4, sampler=DistributedSampler(DATA, 2, 0))
+    with caplog.at_level("INFO"):
+        look_at_examples(trainer, [many(24)], may_overlap=False)
+        assert caplog.messages == []
+        look_at_examples(trainer, [split], may_overlap=False)
+    assert len(caplog.messages) == 1
 
 
 # --- the numbers

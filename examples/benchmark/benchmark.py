@@ -262,7 +262,7 @@ def plan(suite: Suite, seeds: Sequence[int], questions: Sequence[int] = QUESTION
     for seed in seeds[:5] if 10 in questions else ():  # do training data help in turn, and where few are held out?
         for lr in suite.rates:
             yield Run(TPGM, USUAL, lr, tuple(IN_TURN_OR_HALF[0].items()), seed)
-        for condition in suite.conditions.keys() & {COSINE, *FEW}:
+        for condition in (name for name in (COSINE, *FEW) if name in suite.conditions):
             for lr in suite.conditions[condition]["rates"]:  # type: ignore[attr-defined]
                 for settings in IN_TURN_OR_HALF:
                     yield Run(TPGM, condition, lr, tuple(settings.items()), seed)

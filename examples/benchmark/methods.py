@@ -50,7 +50,7 @@ OTHER_LOSSES = tuple({"lead": loss} for loss in LOSSES)
 OTHER_DATA = tuple({"lead": mix} for mix in MIXES)
 """Settings of TPGM: whether its radii are learned from training data, too."""
 IN_TURN_OR_HALF = ({"lead": IN_TURN}, {"lead": HALF})
-"""The same where every second update is learned from these, and where half of the examples are."""
+"""Settings of TPGM: training batches for every second update, or training data as half of the examples."""
 TRIED = ((PLAIN, {"lead": FROM_SWEEP}), *((TPGM, {"lead": lead}) for lead in IDEAS))
 """Ideas that are not in the package."""
 TRIED_LATER = (

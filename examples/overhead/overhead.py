@@ -2,7 +2,7 @@
 
 Everything is timed in one process and in alternating rounds, so that what else the machine does falls on all alike.
 Timed are a plain training step, the evaluation that TPGM cannot do without, and a copy of the weights. So are each
-method, and naive transcriptions of TPGM and FTP in both norms. About an hour on two cores; `--quick`: some minutes.
+method, and naive transcriptions of TPGM and FTP in both norms. Under an hour on two cores; `--quick`: some minutes.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def step_table(times: Times) -> str:
 
 
 def floor_table(times: Times) -> str:
-    """An update of TPGM over its floor, and what the naive transcriptions take over the methods, if they were timed."""
+    """An update of TPGM over its floor, and what the naive transcriptions take over the methods."""
     tpgms = ("TPGM, mars", "TPGM, l2")
     peers = {"TPGM, mars": "naive", "TPGM, l2": "naive, l2", "FTP, mars": "naive FTP", "FTP, l2": "naive FTP, l2"}
     head = ["", "batch", *(f"{name} / floor" for name in tpgms), *(f"naive / {name}" for name in peers)]

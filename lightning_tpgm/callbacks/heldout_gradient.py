@@ -79,8 +79,8 @@ class HeldOutGradient:
             if self._batches is None:
                 first, self._announced = not self._announced, True
                 self._batches = held_out_batches(trainer, pl_module, self._source, self._state, first)
-                if first and not self._splits_itself:
-                    look_at_examples(trainer, self._batches.loaders)
+                if first:
+                    look_at_examples(trainer, self._batches.loaders, may_overlap=self._splits_itself)
             return self._loss(trainer, pl_module, self._batches.draw(), parameters)
 
     def _follow_reloaded(self, trainer: pl.Trainer) -> None:
