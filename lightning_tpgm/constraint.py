@@ -110,9 +110,10 @@ class Constraint(Attached):
         return with_gradient(step.optimizer) if self.anchors.waiting else ()
 
     def _begin(self, step: Step) -> None:
-        before, self._stepping = self._stepping, self._stepped_by(step)
-        if self._stepping is not None and self._stepping is not before:
-            self.method.before(self._stepping, step)
+        tensors = self._stepped_by(step)
+        has_begun, self._stepping = tensors is self._stepping, tensors  # others are let go, with their memory
+        if tensors is not None and not has_begun:
+            self.method.before(tensors, step)
 
     def _gradients(self, step: Step) -> None:
         self.settle(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -14,11 +15,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_tpgm import DiGraPCallback, FTPCallback, L2SPCallback, SPDCallback, constrain
 from lightning_tpgm.constrained import Constrained
+from lightning_tpgm.layout import Layout
 from lightning_tpgm.methods import FTP, SPD, DiGraP, Step
 from parity_model import BATCH_SIZE, load_recording
 from properties import assert_same as assert_nested_same
 from reference import ReferenceDiGraP, ReferenceFTP, ReferenceL2SP, ReferenceSPD
 from test_exact_method import LitParity, Recorder, Tensors, assert_final, fit, loss_of
+from toys import Toy, quiet_trainer, toy, train_loader, val_loader
 
 STEPS = 12
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -347,3 +350,22 @@ def test_digrap_float64_loop(omega_lr: float) -> None:
     assert max(omegas.values()) > 0, "the data should call for a projection sometimes"
     for name, parameter in module.named_parameters():  # omega is float32
         torch.testing.assert_close(parameter.detach(), by_hand.weights[name].detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_spd_never_keeps_two_copies_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step may begin twice, before and after its closure: what the one kept is gone when the other keeps."""
+    made: list[weakref.ref[Tensor]] = []
+    spare = Layout.spare
+
+    def counted(self: Layout) -> list[Tensor | None]:
+        assert not any(copy() is not None for copy in made)
+        found = spare(self)
+        made.extend(weakref.ref(copy) for copy in found if copy is not None)
+        return found
+
+    monkeypatch.setattr(Layout, "spare", counted)
+    module = toy()
+    module.large = nn.Linear(200, 200)
+    module.loss = lambda batch: Toy.loss(module, batch) + module.large(torch.ones(200)).square().mean()
+    quiet_trainer(SPDCallback(), max_epochs=1).fit(module, train_loader(), val_loader())
+    assert len(made) > 1  # of the first step's two beginnings

@@ -39,6 +39,7 @@ class SPD(Method):
     @override
     def before(self, tensors: Constrained, step: Step) -> None:
         """Keeps the weights."""
+        self._before = []  # first: a step may begin again with other tensors, as the first one of a fit does
         self._before = tensors.keep()
 
     @override
