@@ -183,6 +183,7 @@ def test_shared_examples_by_samplers() -> None:
     assert shared_examples([weighted], [first]) == (0, 16)
     assert shared_examples([first, [1, 2, 3]], [[1, 2, 3]]) == (0, 0)
     assert shared_examples([first, first], [second, second, first]) == (16, 24)
+    assert shared_examples([first, second], [DataLoader(DATA, 4)]) == (24, 24)
 
     class Own(DataLoader[Any]):
         def __iter__(self) -> Any:
@@ -251,8 +252,9 @@ def test_few_examples_of_one_process_of_several_may_be_many(caplog: pytest.LogCa
     trainer: Any = SimpleNamespace(train_dataloader=None, world_size=2)
     split = DataLoader(DATA, 4, sampler=DistributedSampler(DATA, 2, 0))
     with caplog.at_level("INFO"):
-        look_at_examples(trainer, [many(24)], may_overlap=False)
-        assert caplog.messages == []
+        for nothing in ([many(24)], []):
+            look_at_examples(trainer, nothing, may_overlap=False)
+            assert caplog.messages == []
         look_at_examples(trainer, [split], may_overlap=False)
     assert len(caplog.messages) == 1
 
