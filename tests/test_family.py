@@ -369,3 +369,12 @@ def test_spd_never_keeps_two_copies_of_the_weights(monkeypatch: pytest.MonkeyPat
     module.loss = lambda batch: Toy.loss(module, batch) + module.large(torch.ones(200)).square().mean()
     quiet_trainer(SPDCallback(), max_epochs=1).fit(module, train_loader(), val_loader())
     assert len(made) > 1  # of the first step's two beginnings
+
+
+def test_spd_copies_the_weights_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice in the first one of a fit: its closure comes between the anchors of before and those that count."""
+    kept: list[int] = []
+    keep = Constrained.keep
+    monkeypatch.setattr(Constrained, "keep", lambda self: kept.append(len(self.names)) or keep(self))
+    quiet_trainer(SPDCallback(), max_epochs=1).fit(toy(), train_loader(6), val_loader())
+    assert len(kept) == 6 + 1
